@@ -1,6 +1,7 @@
 """`BlockMask`: which key blocks each query block visits, as index lists."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,7 +38,9 @@ class BlockMask:
             if size not in BLOCK_SIZES:
                 raise ValueError(f"{name} must be one of {BLOCK_SIZES}, got {size}.")
         if self.idx.dtype != torch.int32 or self.cnt.dtype != torch.int32:
-            raise TypeError(f"idx and cnt must be int32, got {self.idx.dtype} and {self.cnt.dtype}.")
+            raise TypeError(
+                f"idx and cnt must be int32, got {self.idx.dtype} and {self.cnt.dtype}."
+            )
         if self.idx.ndim != 4 or self.cnt.shape != self.idx.shape[:3]:
             raise ValueError(
                 "idx must be [B|1, H|1, nq, cap] and cnt [B|1, H|1, nq], got "
@@ -103,7 +106,12 @@ class BlockMask:
 
     def density(self) -> float:
         """Kept share of key blocks, 0 to 1, over all batch rows, heads and query blocks."""
-        return float(self.cnt.double().mean() / self.nk)
+        return float(self.kept_share)
+
+    @cached_property
+    def kept_share(self) -> Tensor:
+        """`density()` as a 0-dim tensor, so that reading it waits for nothing."""
+        return self.cnt.double().mean() / self.nk
 
     def to(self, device: torch.device | str) -> "BlockMask":
         """The same mask on another device."""

@@ -1,0 +1,203 @@
+"""What a sparse attention method is: it looks at q, k and the place in the run and answers with a plan."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vdit_sparse.grid import Grid
+from vdit_sparse.kernels.block_mask import BLOCK_SIZES, BlockMask
+from vdit_sparse.kernels.block_sparse import block_sparse_attention
+
+Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """All that a method may know about one attention call.
+
+    grid: the tokens of the sequence; video first, text last.
+    layer, layers: 0-based index of this self-attention layer, and how many there are.
+    step, steps: 0-based denoising step, and how many there are (None where the caller cannot know).
+    memory: a dict of this layer, this guidance branch and this expert; emptied when the run ends.
+    """
+
+    grid: Grid
+    layer: int
+    layers: int
+    step: int
+    steps: int | None
+    memory: dict
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which key blocks each query block visits, and in which token order.
+
+    mask: `BlockMask` over the tokens in plan order.
+    order: int64 `[S']` or `[H, S']` or None: new position -> old position, S' >= S, every token
+        once; -1 marks a masked slot of a padded region, which must lie past `mask.valid` of its
+        key block. None keeps the order of the sequence.
+    """
+
+    mask: BlockMask
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseAttention(ABC):
+    """Base of all methods: a frozen dataclass that is its own configuration.
+
+    dense_steps, last_dense_steps: the first and last denoising steps run dense.
+    dense_layers, last_dense_layers: the first and last layers run dense.
+    refresh: when a cached plan is rebuilt: "each" call, "once" a run, every n steps (int), or at
+        the listed steps (tuple of int).
+    block: tokens of a block, 64 or 128.
+    precision: "bf16" computes in the dtype of q, k, v.
+    backend: kernel backend, or None for the best one on the device. A named one runs or raises.
+
+    One object serves all layers, both experts of Wan 2.2 and several pipelines at once: it holds
+    no state. A subclass writes `plan`, or `attend` if one kernel call is not enough.
+    """
+
+    dense_steps: int = 0
+    last_dense_steps: int = 0
+    dense_layers: int = 0
+    last_dense_layers: int = 0
+    refresh: str | int | tuple[int, ...] = "each"
+    block: int = 128
+    precision: str = "bf16"
+    backend: str | None = None
+
+    def __post_init__(self):
+        for name in ("dense_steps", "last_dense_steps", "dense_layers", "last_dense_layers"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}.")
+        if self.block not in BLOCK_SIZES:
+            raise ValueError(f"block must be one of {BLOCK_SIZES} tokens, got {self.block!r}.")
+        if isinstance(self.refresh, list):
+            object.__setattr__(self, "refresh", tuple(self.refresh))
+        if not _is_refresh(self.refresh):
+            raise ValueError(
+                'refresh must be "each", "once", a number of steps of at least 1 or a list of '
+                f"steps, got {self.refresh!r}."
+            )
+
+    @abstractmethod
+    def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
+        """The plan for q, k `[B, H, S, D]` (after norm and RoPE) at this place in the run."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """Sparse attention of q, k, v `[B, H, S, D]` -> `[B, H, S, D]`."""
+        plan = self.current_plan(q, k, call)
+        return execute(q, k, v, plan, precision=self.precision, backend=self.backend)[0]
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, call: Call, dense: Dense | None = None
+    ) -> Tensor:
+        """Dense or sparse attention of q, k, v `[B, H, S, D]`, as the four dense fields say.
+
+        `dense(q, k, v)` runs the dense calls; the default is `F.scaled_dot_product_attention`.
+        Raises RuntimeError under autograd (this is inference only) and ValueError if the sequence
+        is not as long as the grid.
+        """
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise RuntimeError(
+                f"{type(self).__name__} is inference only, but an input requires gradients; run it "
+                "under torch.no_grad()."
+            )
+        if q.shape[2] != call.grid.tokens:
+            raise ValueError(
+                f"The grid {call.grid} has {call.grid.tokens} tokens, but q has {q.shape[2]}."
+            )
+        if self.is_dense(call):
+            return (dense or F.scaled_dot_product_attention)(q, k, v)
+        return self.attend(q, k, v, call)
+
+    def is_dense(self, call: Call) -> bool:
+        """Whether this call runs dense. Raises ValueError if that depends on a number of steps
+        which the caller did not give."""
+        if self.last_dense_steps and call.steps is None:
+            raise ValueError(
+                f"last_dense_steps={self.last_dense_steps} needs the number of denoising steps, which "
+                "a bare transformer does not know: use vdit_sparse.apply on the pipeline."
+            )
+        return (
+            call.step < self.dense_steps
+            or call.layer < self.dense_layers
+            or call.layer >= call.layers - self.last_dense_layers
+            or (call.steps is not None and call.step >= call.steps - self.last_dense_steps)
+        )
+
+    def current_plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
+        """The cached plan of this layer and branch, or a new one if `refresh` says so.
+
+        Notes the density of the plan in `call.memory["density"]` as a 0-dim tensor, for reports.
+        """
+        if self.refresh == "each":
+            plan = self.plan(q, k, call)
+        else:
+            built, plan = call.memory.get("plan", (None, None))
+            if plan is None or self._is_due(built, call.step):
+                plan = self.plan(q, k, call)
+                call.memory["plan"] = (call.step, plan)
+        call.memory["density"] = plan.mask.kept_share
+        return plan
+
+    def _is_due(self, built: int, step: int) -> bool:
+        """Whether a plan built at step `built` is rebuilt at `step`; caches that skip calls may
+        skip the listed step itself, so any listed step since then counts."""
+        if self.refresh == "once":
+            return False
+        if isinstance(self.refresh, int):
+            return step - built >= self.refresh
+        return any(built < listed <= step for listed in self.refresh)
+
+
+def _is_refresh(refresh: object) -> bool:
+    if isinstance(refresh, str):
+        return refresh in ("each", "once")
+    if isinstance(refresh, tuple):
+        return all(isinstance(step, int) and step >= 0 for step in refresh)
+    return isinstance(refresh, int) and not isinstance(refresh, bool) and refresh >= 1
+
+
+def execute(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    precision: str = "bf16",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Runs a plan on q, k, v `[B, H, S, D]` -> out `[B, H, S, D]`, lse `[B, H, S]` fp32, both in
+    the order of the sequence."""
+    run = {"precision": precision, "backend": backend}
+    if plan.order is None:
+        return block_sparse_attention(q, k, v, plan.mask, **run)
+    out, lse = block_sparse_attention(
+        *(_reorder(x, plan.order) for x in (q, k, v)), plan.mask, **run
+    )
+    back = _inverse(plan.order, q.shape[2])
+    return _reorder(out, back), _reorder(lse[..., None], back)[..., 0]
+
+
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    """x `[B, H, S, D]` -> `[B, H, S', D]` by order `[S']` or `[H, S']`; masked slots hold token 0."""
+    order = order.clamp(min=0)
+    if order.ndim == 1:
+        return x[:, :, order]
+    return x.gather(2, order[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
+
+
+def _inverse(order: Tensor, tokens: int) -> Tensor:
+    """Old position -> new position; masked slots are dropped."""
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    back = torch.zeros(*order.shape[:-1], tokens + 1, dtype=torch.long, device=order.device)
+    back.scatter_(-1, torch.where(order < 0, tokens, order), places)
+    return back[..., :tokens]
