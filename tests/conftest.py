@@ -1,4 +1,4 @@
-"""Shared set-up: Triton runs in its interpreter where there is no GPU, and nothing reaches a network."""
+"""Shared set-up: Triton runs in its interpreter where there is no GPU; nothing uses a network."""
 
 import os
 

@@ -1,7 +1,7 @@
 """Sparse attention for diffusers' video and image diffusion transformers.
 
     import vdit_sparse
-    pipe = vdit_sparse.load_pipeline()                      # the bundled model; or a hub id, or a folder
+    pipe = vdit_sparse.load_pipeline()  # the bundled model; or a hub id, or a folder
     pipe.set_attn_processor(vdit_sparse.RadialAttention())  # or a preset's name
     frames = pipe("a fox walks to the right in the forest").frames[0]
 
@@ -14,7 +14,8 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# In a checkout the rooms (kernels/, pipelines/, eval/, app/) are siblings of this folder; in a wheel they lie inside it.
+# In a checkout the rooms (kernels/, pipelines/, eval/, app/) are siblings of this folder; in a
+# wheel they lie inside it.
 _root = Path(__file__).parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
     __path__.append(str(_root))

@@ -1,4 +1,4 @@
-"""What a sparse attention method is: it looks at q, k and the place in the run and answers with a plan."""
+"""What a method is: it looks at q, k and the place in the run and answers with a plan."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -123,8 +123,8 @@ class SparseAttention(ABC):
         which the caller did not give."""
         if self.last_dense_steps and call.steps is None:
             raise ValueError(
-                f"last_dense_steps={self.last_dense_steps} needs the number of denoising steps, which "
-                "a bare transformer does not know: use vdit_sparse.apply on the pipeline."
+                f"last_dense_steps={self.last_dense_steps} needs the number of denoising steps, "
+                "which a bare transformer does not know: use vdit_sparse.apply on the pipeline."
             )
         return (
             call.step < self.dense_steps
@@ -188,7 +188,7 @@ def execute(
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """x `[B, H, S, D]` -> `[B, H, S', D]` by order `[S']` or `[H, S']`; masked slots hold token 0."""
+    """x `[B, H, S, D]` -> `[B, H, S', D]` by order `[S']` or `[H, S']`; -1 reads token 0."""
     order = order.clamp(min=0)
     if order.ndim == 1:
         return x[:, :, order]
