@@ -1,0 +1,189 @@
+"""Block-sparse attention: softmax over the listed key blocks of each query block, several backends.
+
+    out, lse = block_sparse_attention(q, k, v, mask)
+
+`reference.py` is the specification, `gather.py` the path of CPU and MPS, `triton.py` that of GPUs.
+A backend is a file with `supports(...) -> reason | None` and `forward(...)`, and a line in `BACKENDS`.
+"""
+
+from importlib import import_module
+from math import isfinite
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from vdit_sparse.kernels.block_mask import BlockMask
+from vdit_sparse.kernels.block_sparse.layout import empty_outputs
+
+__all__ = ["BACKENDS", "PRECISIONS", "block_sparse_attention", "choose_backend", "explain"]
+
+# In the order of preference when none is asked for; the reference is never chosen by itself.
+BACKENDS = {
+    "triton": "vdit_sparse.kernels.block_sparse.triton",
+    "gather": "vdit_sparse.kernels.block_sparse.gather",
+    "reference": "vdit_sparse.kernels.block_sparse.reference",
+}
+PRECISIONS = ("bf16",)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    kv_len: Tensor | None = None,
+    precision: str = "bf16",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T) v over the key blocks that `mask` lists for each query block.
+
+    q `[B, H, S, D]`, k and v `[B, H, keys, D]`, fp16, bf16 or fp32, any strides with unit last one;
+    mask: `ceil(S / block_q)` lists over `ceil(keys / block_k)` key blocks; scale: default D^-0.5;
+    kv_len: int32 `[B]`, keys from there on are masked in that batch row, whatever they hold;
+    precision: "bf16", products in the inputs' own dtype, sums and softmax in fp32;
+    backend: a name in `BACKENDS`, which runs or raises; default `choose_backend(q, k, v, mask)`.
+
+    Returns out, shape, dtype and memory order of q, and lse, fp32 `[B, H, S]`, the natural logarithm
+    of the sum of exponentials. A row without keys gives 0 and -inf. Inference only: raises under
+    autograd. One opaque operator for torch.compile. The loop over blocks is FlashAttention-2's
+    (arXiv 2307.08691, algorithm 1).
+    """
+    _check_tensors(q, k, v, kv_len)
+    _check_mask(q, k, mask)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {tuple(BACKENDS)} or None, got {backend!r}.")
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if not (isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be a positive number, got {scale}.")
+    return torch.ops.vdit_sparse.block_sparse_attention(
+        q,
+        k,
+        v,
+        mask.idx,
+        mask.cnt,
+        mask.valid,
+        kv_len,
+        [mask.nk, mask.block_q, mask.block_k],
+        float(scale),
+        precision,
+        backend,
+    )
+
+
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, precision: str = "bf16"
+) -> dict[str, str | None]:
+    """For each backend None if it computes this call, else the reason why it does not."""
+    return {name: _reason(name, (q, k, v, mask, precision)) for name in BACKENDS}
+
+
+def choose_backend(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, precision: str = "bf16"
+) -> str:
+    """The backend of a call that names none: Triton on a GPU if it takes the call, else gather."""
+    on_gpu = q.device.type == "cuda"
+    if on_gpu and _reason("triton", (q, k, v, mask, precision)) is None:
+        return "triton"
+    return "gather"
+
+
+def _load(name: str) -> ModuleType:
+    return import_module(BACKENDS[name])
+
+
+def _reason(name: str, call: tuple) -> str | None:
+    try:
+        module = _load(name)
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    return module.supports(*call)
+
+
+@torch.library.custom_op("vdit_sparse::block_sparse_attention", mutates_args=())
+def _operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    cnt: Tensor,
+    valid: Tensor | None,
+    kv_len: Tensor | None,
+    blocks: list[int],
+    scale: float,
+    precision: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    mask = BlockMask(idx, cnt, *blocks, valid)
+    name = backend or choose_backend(q, k, v, mask, precision)
+    reason = _reason(name, (q, k, v, mask, precision))
+    if reason is not None:
+        raise ValueError(
+            f"backend {name!r} does not take this call: {reason}. Leave `backend` out, or see "
+            "`explain(q, k, v, mask)` for the others."
+        )
+    return _load(name).forward(q, k, v, mask, scale, kv_len)
+
+
+@_operator.register_fake
+def _(q, k, v, idx, cnt, valid, kv_len, blocks, scale, precision, backend):
+    return empty_outputs(q)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or 0 in q.shape or 0 in k.shape:
+        raise ValueError(
+            f"q must be [B, H, S, D], k and v [B, H, keys, D], not empty; got {shapes}."
+        )
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v must agree in B, H and D, got {shapes}.")
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(
+            f"q, k and v must have one dtype of fp16, bf16 and fp32, got {q.dtype}, {k.dtype}, {v.dtype}."
+        )
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"q, k and v must share a device, got {q.device}, {k.device}, {v.device}.")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(-1) != 1:
+            raise ValueError(
+                f"{name} must have unit stride in its last dimension, got strides {x.stride()}; "
+                f"pass {name}.contiguous()."
+            )
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise RuntimeError(
+            "block_sparse_attention has no backward: call it under torch.no_grad() or "
+            "torch.inference_mode(), or detach q, k and v."
+        )
+    if kv_len is not None and (kv_len.dtype != torch.int32 or kv_len.shape != q.shape[:1]):
+        raise ValueError(
+            f"kv_len must be int32 [{q.shape[0]}], got {kv_len.dtype} {tuple(kv_len.shape)}."
+        )
+    if kv_len is not None and kv_len.device != q.device:
+        raise ValueError(f"kv_len must be on {q.device} like q, got {kv_len.device}.")
+
+
+def _check_mask(q: Tensor, k: Tensor, mask: BlockMask) -> None:
+    B, H, S, _ = q.shape
+    keys = k.shape[2]
+    nq, nk = -(-S // mask.block_q), -(-keys // mask.block_k)
+    if mask.nq != nq or mask.nk != nk:
+        raise ValueError(
+            f"mask has {mask.nq} x {mask.nk} blocks of {mask.block_q} x {mask.block_k} tokens, but "
+            f"{S} queries and {keys} keys have {nq} x {nk}: build it for these lengths."
+        )
+    if mask.idx.shape[0] not in (1, B) or mask.idx.shape[1] not in (1, H):
+        raise ValueError(
+            f"mask must have 1 or {B} batch rows and 1 or {H} heads like q, got "
+            f"{tuple(mask.idx.shape[:2])}."
+        )
+    if mask.device != q.device:
+        raise ValueError(
+            f"mask must be on {q.device} like q, got {mask.device}: pass mask.to({q.device.type!r})."
+        )
