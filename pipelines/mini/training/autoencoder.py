@@ -1,0 +1,206 @@
+"""Stage `autoencoder`: video to latents and back, on crops of whole clips."""
+
+import contextlib
+import time
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format, convert_conv3d_weight_memory_format
+
+from vdit_sparse.pipelines.mini.training.checkpoints import Checkpoints
+from vdit_sparse.pipelines.mini.training.clips import (
+    SEEDS,
+    ClipShape,
+    Limit,
+    crops,
+    from_bytes,
+    render_bytes,
+    to_bytes,
+)
+from vdit_sparse.pipelines.mini.training.models import Sizes, build_autoencoder
+from vdit_sparse.pipelines.mini.training.pacing import Average, Meter, Optimizers, Pace, report
+from vdit_sparse.pipelines.mini.training.whole_clip import WholeClip
+
+LONG_EVERY = 8
+LONG_FROM = 0.5
+PEAK = 255.0
+
+
+@dataclass(frozen=True)
+class AutoencoderSettings:
+    """How the autoencoder is trained; the defaults are the released recipe on one H200.
+
+    Attributes:
+        seconds: the whole stage, rendering included.
+        render_seconds: at most this long for rendering.
+        clips: clips of `shape.frames` to render and hold in memory (8.6 MB each at full size).
+        long_clips: clips of twice the length (`2 frames - 1`), every eighth batch in the second
+            half of the time; 0 leaves them out.
+        batch: crops a step.
+        crop: side of the square crops in pixels, divisible by 16.
+        kl_weight: weight of the mean KL divergence to a standard normal.
+        channels_last: keep the convolutions' weights and activations channels-last.
+        compiled: compile the elementwise part between the convolutions.
+    """
+
+    seconds: float = 230.0
+    render_seconds: float = 45.0
+    clips: int = 1300
+    long_clips: int = 96
+    batch: int = 32
+    crop: int = 80
+    kl_weight: float = 2e-6
+    channels_last: bool = False
+    compiled: bool = False
+
+
+def train_autoencoder(
+    shape: ClipShape,
+    sizes: Sizes,
+    settings: AutoencoderSettings,
+    checkpoints: Checkpoints,
+    resume: bool = False,
+) -> list[float]:
+    """Trains, measures the latents' mean and deviation, saves; returns the mean losses on the way."""
+    start = time.perf_counter()
+    vae = build_autoencoder(sizes).to(shape.device)
+    if settings.channels_last:
+        convert_conv3d_weight_memory_format(vae, torch.channels_last_3d)
+        convert_conv2d_weight_memory_format(vae, torch.channels_last)
+    average = Average(vae, decay=0.995)
+    optimizers = _optimizers(vae)
+    step = _restore(checkpoints, vae, average, optimizers) if resume else 0
+    pools = _render_pools(shape, settings)
+    pace = Pace(settings.seconds - (time.perf_counter() - start))
+    meter = Meter("autoencoder", shape.device)
+    clip = WholeClip(vae, compiled=settings.compiled)
+    first = step
+    while pace.fraction() < 1 or step == first:
+        video = _next_batch(pools, settings, step if pace.fraction() > LONG_FROM else 1)
+        with mixed_precision(shape.device):
+            loss = reconstruction_loss(clip, video, settings.kl_weight)
+        optimizers.step(loss, pace.factor(step - first))
+        average.update(vae, step)
+        step += 1
+        meter.add(loss, len(video), step)
+    meter.flush(step)
+    mean, std = latent_statistics(WholeClip(average.module), pools[0][:96])
+    report("latent deviations", [round(value, 2) for value in std.tolist()])
+    state = {"weights": vae.state_dict(), "average": average.module.state_dict(), "step": step}
+    state |= {"optimizers": optimizers.state(), "mean": mean.cpu(), "std": std.cpu()}
+    checkpoints.save("autoencoder", state)
+    return meter.losses
+
+
+def mixed_precision(device: str) -> contextlib.AbstractContextManager:
+    """Returns bf16 autocast on a GPU and plain precision elsewhere."""
+    if device.startswith("cuda"):
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def reconstruction_loss(clip: WholeClip, video: Tensor, kl_weight: float) -> Tensor:
+    """Returns L1 + 0.5 L2 + 0.5 (L1 of both spatial gradients) + `kl_weight` KL, means all.
+
+    Args:
+        clip: the autoencoder.
+        video: `[batch, 3, frames, height, width]` in [-1, 1].
+        kl_weight: weight of the KL divergence to a standard normal.
+    """
+    mean, log_variance = clip.encode(video).float().chunk(2, dim=1)
+    log_variance = log_variance.clamp(-12, 6)
+    latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
+    error = clip.decode(latents).float() - video
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    # Differences are linear, so the gradients' error is the error's gradient.
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + 0.5 * error.square().mean() + 0.5 * edges + kl_weight * kl
+
+
+@torch.no_grad()
+def latent_statistics(clip: WholeClip, clips: Tensor, batch: int = 8) -> tuple[Tensor, Tensor]:
+    """Returns mean and standard deviation per latent channel, `[channels]` each, over uint8 clips."""
+    means = []
+    for part in clips.split(batch):
+        with mixed_precision(str(clips.device)):
+            means.append(clip.encode(from_bytes(part)).float().chunk(2, dim=1)[0])
+    latents = torch.cat(means).transpose(0, 1).flatten(1)
+    return latents.mean(dim=1), latents.std(dim=1)
+
+
+@torch.no_grad()
+def evaluate_autoencoder(vae: AutoencoderKLWan, shape: ClipShape, count: int = 64) -> dict:
+    """Measures the reconstruction of held-out clips.
+
+    PSNR is per frame on 8-bit RGB, peak 255, at most 100 dB, on the posterior's mean; then
+    averaged over clips.
+
+    Returns:
+        `psnr` (mean over all frames), `psnr_worst_index` and `psnr_by_index` (mean per frame
+        index), `clips`, `frames`, `height`, `width`.
+    """
+    clip = WholeClip(vae.to(shape.device))
+    originals = render_bytes(shape, Limit(count), SEEDS["held_out"], batch=8)
+    rows = []
+    for part in originals.split(4):
+        with mixed_precision(shape.device):
+            latents = clip.encode(from_bytes(part)).chunk(2, dim=1)[0]
+            decoded = clip.decode(latents)
+        rows.append(frame_psnr(to_bytes(decoded), part))
+    by_index = torch.cat(rows).mean(dim=0)
+    return {
+        "psnr": round(by_index.mean().item(), 3),
+        "psnr_worst_index": round(by_index.min().item(), 3),
+        "psnr_by_index": [round(value, 2) for value in by_index.tolist()],
+        "clips": count,
+        "frames": shape.frames,
+        "height": shape.height,
+        "width": shape.width,
+    }
+
+
+def frame_psnr(first: Tensor, second: Tensor) -> Tensor:
+    """Returns dB `[clips, frames]` between uint8 clips `[clips, 3, frames, height, width]`."""
+    error = (first.float() - second.float()).square().mean(dim=(1, 3, 4))
+    return (20 * torch.log10(PEAK / error.sqrt())).clamp(max=100.0)
+
+
+def _optimizers(vae: AutoencoderKLWan) -> Optimizers:
+    kernels = [p for p in vae.parameters() if _is_kernel(p)]
+    chosen = {id(p) for p in kernels}
+    return Optimizers(kernels, [p for p in vae.parameters() if id(p) not in chosen])
+
+
+def _is_kernel(parameter: nn.Parameter) -> bool:
+    return parameter.ndim >= 4 and parameter.shape[0] > 4 and parameter[0].numel() > 1
+
+
+def _render_pools(shape: ClipShape, settings: AutoencoderSettings) -> list[Tensor]:
+    share = 0.8 if settings.long_clips else 1.0
+    limit = Limit(settings.clips, settings.render_seconds * share)
+    pools = [render_bytes(shape, limit, SEEDS["autoencoder"])]
+    if settings.long_clips:
+        long = ClipShape(shape.height, shape.width, 2 * shape.frames - 1, shape.device)
+        limit = Limit(settings.long_clips, settings.render_seconds * 0.2)
+        pools.append(render_bytes(long, limit, SEEDS["autoencoder"] + 500_000, batch=16))
+    return pools
+
+
+def _next_batch(pools: list[Tensor], settings: AutoencoderSettings, step: int) -> Tensor:
+    if len(pools) > 1 and step % LONG_EVERY == 0:
+        return crops(pools[1], max(1, settings.batch // 2), settings.crop)
+    return crops(pools[0], settings.batch, settings.crop)
+
+
+def _restore(
+    checkpoints: Checkpoints, vae: AutoencoderKLWan, average: Average, optimizers: Optimizers
+) -> int:
+    state = checkpoints.load("autoencoder")
+    vae.load_state_dict(state["weights"])
+    average.module.load_state_dict(state["average"])
+    if "optimizers" in state:
+        optimizers.load(state["optimizers"])
+    report(f"resumed the autoencoder at step {state['step']}")
+    return state["step"]
