@@ -1,7 +1,6 @@
 """SSIM of a video against its reference, on 8-bit frames before any video codec."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 PEAK = 255.0
@@ -47,12 +46,17 @@ def _ssim_map(x: Tensor, y: Tensor) -> Tensor:
 
 def _blur(x: Tensor) -> Tensor:
     """The window's weighted mean of `[..., H, W]`, only where it fits."""
-    distance = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
-    weights = torch.exp(-(distance**2) / (2 * SIGMA**2))
-    weights = (weights / weights.sum()).view(1, 1, 1, -1)
-    planes = x.reshape(-1, 1, *x.shape[-2:])
-    planes = F.conv2d(F.conv2d(planes, weights), weights.mT)
-    return planes.view(*x.shape[:-2], *planes.shape[-2:])
+    distance = torch.arange(WINDOW) - WINDOW // 2
+    weights = torch.exp(-(distance.double() ** 2) / (2 * SIGMA**2))
+    weights = (weights / weights.sum()).tolist()
+    for axis in (-2, -1):
+        # A sum of shifted copies: several times faster on a CPU than a convolution in fp64.
+        places = x.shape[axis] - WINDOW + 1
+        blurred = torch.zeros_like(x.narrow(axis, 0, places))
+        for shift, weight in enumerate(weights):
+            blurred.add_(x.narrow(axis, shift, places), alpha=weight)
+        x = blurred
+    return x
 
 
 def _levels(video: Tensor, other: Tensor) -> Tensor:
