@@ -33,8 +33,9 @@ class RadialAttention(SparseAttention):
 
     decay: scales the band for d >= 2, above 0. At block 128 and P = 2048 (720p) every decay up to
         0.228 gives the same mask, for the band is then as thin as a block can be: about 468 / P.
-    d1: "full" keeps neighbouring frames whole; "half" keeps x <= S // 2, as the released code did
-        for Wan in every commit before 72788d4 (2025-11-11); it was "full" for HunyuanVideo always.
+    d1: "full" keeps neighbouring frames whole; "half" keeps x <= S // 2 (with "straddle" at least
+        `block`), as the released code did for Wan in every commit before 72788d4 (2025-11-11). For
+        HunyuanVideo it was always "full".
     sink_frames: leading frames kept as keys (not as queries); 1 in the paper and for Wan, 0 in the
         released code for HunyuanVideo.
     align: what to do with blocks that straddle two frames, where S is no multiple of `block`.
@@ -56,16 +57,16 @@ class RadialAttention(SparseAttention):
 
     def __post_init__(self):
         super().__post_init__()
-        if not _is_number(self.decay) or not 0 < self.decay < math.inf:
+        if type(self.decay) not in (int, float) or not 0 < self.decay < math.inf:
             raise ValueError(f"decay must be a finite number above 0, got {self.decay!r}.")
-        if not isinstance(self.sink_frames, int) or _is_bool(self.sink_frames):
-            raise ValueError(f"sink_frames must be an integer, got {self.sink_frames!r}.")
-        if self.sink_frames < 0:
-            raise ValueError(f"sink_frames must be at least 0, got {self.sink_frames}.")
+        if type(self.sink_frames) is not int or self.sink_frames < 0:
+            raise ValueError(
+                f"sink_frames must be an integer of at least 0, got {self.sink_frames!r}."
+            )
         for name, choices in (("d1", ("full", "half")), ("align", ("straddle", "released"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
-        if not _is_bool(self.decimate):
+        if not isinstance(self.decimate, bool):
             raise ValueError(f"decimate must be True or False, got {self.decimate!r}.")
 
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
@@ -82,7 +83,8 @@ class RadialAttention(SparseAttention):
         if grid.text or self.align == "released":
             keep[grid.video // self.block :] = True
             keep[:, grid.video // self.block :] = True
-        return keep
+        # Only the released rule can leave a row without keys.
+        return keep | torch.diag(~keep.any(-1))
 
 
 @lru_cache(maxsize=8)
@@ -147,9 +149,9 @@ def _mark_released(keep: Tensor, method: RadialAttention, grid: Grid) -> None:
     """Marks the video's block pairs that the released code keeps.
 
     Each pair of frames gives a tile of ceil(S / block) blocks a side, which starts at the block
-    that holds the frame's first token. What sticks out of the last block of a tile is lost, as in
-    the released code. A row that would stay empty keeps its diagonal block (the released code
-    raises for such lengths).
+    that holds the frame's first token; what sticks out of a tile's last block is lost. Ours is
+    that a video whose end fills no block runs at all: it is masked as if padded, its last block
+    kept whole.
     """
     block, tokens = method.block, grid.frame_tokens
     side = math.ceil(tokens / block)
@@ -166,7 +168,6 @@ def _mark_released(keep: Tensor, method: RadialAttention, grid: Grid) -> None:
             keep[row : row + side, column : column + side] |= shrink(
                 row_offset, column_offset, band
             )
-    keep |= torch.diag(~keep.any(-1))
 
 
 def _shrink(tokens: int, block: int, row_offset: int, column_offset: int, band: int) -> Tensor:
@@ -180,11 +181,3 @@ def _shrink(tokens: int, block: int, row_offset: int, column_offset: int, band: 
     rows = torch.where((column >= 0) & (column < tokens), rows, 0).view(side, side, block)
     covered, dense = (rows > 0).sum(-1), (3 * rows > block).sum(-1)
     return 5 * dense > 3 * covered
-
-
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not _is_bool(value)
