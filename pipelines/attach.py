@@ -1,0 +1,163 @@
+"""`apply`, `remove` and `summary`: a method into a diffusers model, out again, and what it did."""
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry
+
+from vdit_sparse.method import SparseAttention
+from vdit_sparse.pipelines.clock import Clock
+from vdit_sparse.pipelines.families import family_of, preset
+from vdit_sparse.pipelines.hook import Run, SparseAttnProcessor
+from vdit_sparse.pipelines.report import Summary, settle
+
+HOOK = "vdit_sparse"
+DENOISERS = ("transformer", "transformer_2")
+
+Target = DiffusionPipeline | torch.nn.Module
+
+
+def apply(target: Target, method: SparseAttention | str, *, timed: bool = False) -> None:
+    """Runs the self-attention of a pipeline or transformer through a method.
+
+    target: a diffusers pipeline (all its denoisers, so both experts of Wan 2.2) or a transformer.
+        On a bare transformer the number of steps is unknown unless the caller's `cache_context`
+        gives it.
+    method: a method or the name of one of the family's presets.
+    timed: record the milliseconds of every attention call for `summary`.
+
+    Applying again replaces the method and needs no recompilation. Cross-attention stays as it is.
+    Raises ValueError for a model or preset that is not known, naming those that are.
+    """
+    denoisers = _denoisers(target)
+    methods = {
+        name: preset(model, method) if isinstance(method, str) else method
+        for name, model in denoisers.items()
+    }
+    for chosen in methods.values():
+        if not isinstance(chosen, SparseAttention):
+            raise TypeError(
+                "Expected a sparse attention method or a preset's name, got "
+                f"{type(chosen).__name__}."
+            )
+    clock = Clock(_steps_of(target))
+    for name, model in denoisers.items():
+        run = _run_of(model) or _install(name, model)
+        run.clock = clock
+        run.use(methods[name], timed)
+
+
+def remove(target: Target) -> None:
+    """Gives every layer its former processor back and takes the hook out; nothing happens to a
+    model without one."""
+    for model in _denoisers(target).values():
+        run = _run_of(model)
+        if run is None:
+            continue
+        for name, module in run.family.layers(model).items():
+            ours = module.processor
+            if isinstance(ours, SparseAttnProcessor) and ours.run == run.number:
+                former = run.replaced[name]
+                if hasattr(former, "_attention_backend"):
+                    former._attention_backend = ours._attention_backend
+                module.set_processor(former)
+        registry = HookRegistry.check_if_exists_or_initialize(model)
+        registry.remove_hook(HOOK, recurse=False)
+        registry.invalidate_child_registries_cache()
+
+
+def summary(target: Target) -> Summary:
+    """What the last run did, layer by layer and step by step. Waits for the device."""
+    runs = [run for model in _denoisers(target).values() if (run := _run_of(model)) is not None]
+    if not runs:
+        return Summary(method="none: stock attention")
+    methods = list(dict.fromkeys(str(run.method) for run in runs))
+    latest = max(run.clock.run for run in runs)
+    entries = [settle(entry) for run in runs if run.run == latest for entry in run.entries]
+    backend, reasons = next((run.backend for run in runs if run.backend), (None, {}))
+    return Summary(" / ".join(methods), tuple(entries), backend, reasons)
+
+
+class SparsePipelineMixin:
+    """Gives a diffusers pipeline class `set_attn_processor`, and a checkpoint's default arguments.
+
+    generation: arguments of `__call__` that this checkpoint wants where the caller gives none
+        (size, steps, guidance), and the `fps` of its videos.
+    """
+
+    generation: Mapping[str, object] = MappingProxyType({})
+
+    def __call__(self, *args, **kwargs):
+        given = self.stock_signature.bind_partial(*args, **kwargs).arguments
+        own = {name: value for name, value in self.generation.items() if name != "fps"}
+        return super().__call__(**{**own, **given})
+
+    @property
+    def stock_signature(self) -> inspect.Signature:
+        """The signature of the diffusers pipeline's own `__call__`."""
+        return inspect.signature(super().__call__)
+
+    def set_attn_processor(self, processor) -> None:
+        """Sets how self-attention runs: a `SparseAttention` method, the name of a preset, or an
+        ordinary diffusers processor (which takes ours out). Cross-attention stays as it is."""
+        if isinstance(processor, (SparseAttention, str)):
+            apply(self, processor)
+            return
+        remove(self)
+        for model in _denoisers(self).values():
+            for module in family_of(model).layers(model).values():
+                module.set_processor(processor)
+
+
+def _denoisers(target: Target) -> dict[str, torch.nn.Module]:
+    if isinstance(target, torch.nn.Module):
+        family_of(target)
+        return {"transformer": target}
+    if not isinstance(target, DiffusionPipeline):
+        raise TypeError(
+            f"Expected a diffusers pipeline or transformer, got {type(target).__name__}."
+        )
+    named = {name: getattr(target, name, None) for name in DENOISERS}
+    denoisers = {name: model for name, model in named.items() if model is not None}
+    if not denoisers:
+        raise ValueError(f"{type(target).__name__} has no transformer to attach to.")
+    for model in denoisers.values():
+        family_of(model)
+    return denoisers
+
+
+def _run_of(model: torch.nn.Module) -> Run | None:
+    return HookRegistry.check_if_exists_or_initialize(model).get_hook(HOOK)
+
+
+def _install(name: str, model: torch.nn.Module) -> Run:
+    family = family_of(model)
+    run = Run(name, family, Clock())
+    for layer, (path, module) in enumerate(family.layers(model).items()):
+        former = run.replaced[path] = module.processor
+        ours = family.processor(run, layer)
+        ours._attention_backend = getattr(former, "_attention_backend", None)
+        ours._parallel_config = getattr(former, "_parallel_config", None)
+        run.processors.append(ours)
+        module.set_processor(ours)
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    registry.register_hook(run, HOOK)
+    registry.invalidate_child_registries_cache()
+    return run
+
+
+def _steps_of(target: Target) -> Callable[[], int | None]:
+    """Reads the number of steps off the scheduler, without keeping the pipeline alive."""
+    if isinstance(target, torch.nn.Module):
+        return lambda: None
+    pipeline = weakref.ref(target)
+
+    def steps() -> int | None:
+        timesteps = getattr(getattr(pipeline(), "scheduler", None), "timesteps", None)
+        return None if timesteps is None else len(timesteps)
+
+    return steps

@@ -1,0 +1,86 @@
+"""Where a denoising run is: its step, its guidance branch, and when a new run begins."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from diffusers.hooks.hooks import CacheContext
+from torch import Tensor
+
+from vdit_sparse.grid import Grid
+
+
+@dataclass
+class Clock:
+    """Counts the denoising steps of one pipeline; shared by its experts, each of which sees only
+    a part of them.
+
+    Pipelines differ in what they say (diffusers passes the step for Wan T2V only), so the step is
+    the context's, or else counted by changes of the timestep; the branch is the context's name, or
+    else the number of the call within the step. A new run begins when the last one was reset or
+    died, when steps go back, when the timestep rises, or when a branch comes twice at a first step.
+
+    steps_of: () -> number of denoising steps, or None where nobody knows.
+    run: number of the run, 0 before the first.
+    """
+
+    steps_of: Callable[[], int | None] = lambda: None
+    run: int = 0
+    step: int = 0
+    steps: int | None = None
+    _grid: Grid | None = None
+    _in_call: bool = False
+    _timestep: float | None = None
+    _ended: bool = True
+    _seen: set = field(default_factory=set)
+
+    def end(self) -> None:
+        """The run is over, or must be treated so: the next call begins a new one."""
+        self._ended = True
+
+    def check(self, grid: Grid) -> None:
+        """Before a model call: another size, or a call that never came back, ends the run."""
+        if self._in_call or grid != self._grid:
+            self.end()
+        self._grid = grid
+
+    def done(self) -> None:
+        """After a model call."""
+        self._in_call = False
+
+    def tick(self, expert: str, context: CacheContext | None, timestep: Tensor) -> str:
+        """Moves to the step of this model call and returns the branch."""
+        if context is not None and context.step_index is not None:
+            self._follow(context.step_index, (expert, context.name))
+        else:
+            # One device sync a model call. Wan 2.2 TI2V gives every token its own timestep, 0 for
+            # those of the input image: the largest is the step's.
+            self._count(float(timestep.max()), (expert, context.name) if context else None)
+        self._in_call = True
+        known = context.num_inference_steps if context is not None else None
+        self.steps = known or self.steps_of()
+        branch = context.name if context is not None else f"call {len(self._seen)}"
+        self._seen.add((expert, branch))
+        return branch
+
+    def _follow(self, step: int, call: tuple[str, str]) -> None:
+        again = step == self.step and call in self._seen
+        if self._ended or step < self.step or again:
+            self._begin()
+        if step != self.step:
+            self._seen.clear()
+        self.step = step
+
+    def _count(self, timestep: float, call: tuple[str, str] | None) -> None:
+        previous, self._timestep = self._timestep, timestep
+        again = timestep == previous and self.step == 0 and call in self._seen
+        if self._ended or previous is None or timestep > previous or again:
+            self._begin()
+        elif timestep != previous:
+            self.step += 1
+            self._seen.clear()
+
+    def _begin(self) -> None:
+        self.run += 1
+        self.step = 0
+        self._ended = False
+        self._seen.clear()

@@ -1,0 +1,81 @@
+"""`load_pipeline`: a model by hub id, folder, or the bundled one, as a pipeline that takes a method."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+MINI = Path(__file__).parent / "mini"
+
+# Class in a checkpoint's model_index.json -> ours, imported on demand.
+PIPELINES = {
+    "WanImageToVideoPipeline": "vdit_sparse.pipelines.wan",
+    "WanPipeline": "vdit_sparse.pipelines.wan",
+}
+# The same checkpoint (Wan 2.2 TI2V-5B) also makes videos from images.
+FROM_IMAGE = {"WanPipeline": "WanImageToVideoPipeline"}
+
+
+def load_pipeline(
+    model: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    image_to_video: bool = False,
+) -> DiffusionPipeline:
+    """A diffusers pipeline whose `set_attn_processor` takes a sparse attention method.
+
+    model: None for the bundled text-to-video model, a folder, or a hub id.
+    dtype: of all weights; default bf16 on a GPU, and on a CPU that multiplies it natively, else
+        fp32. The VAE of large models stays in fp32, as their authors run it.
+    device: default the GPU if there is one, else the CPU.
+    image_to_video: load a text-to-video checkpoint that also takes images (Wan 2.2 TI2V-5B) as its
+        image-to-video pipeline.
+
+    Raises FileNotFoundError for a folder without model_index.json, ValueError for a pipeline class
+    that is not supported (naming those that are), and OSError as the hub client does.
+    """
+    source = MINI if model is None else model
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or default_dtype(device)
+    cls = _pipeline_class(source, image_to_video)
+    dtypes = dtype if model is None else {"default": dtype, "vae": torch.float32}
+    pipe = cls.from_pretrained(source, torch_dtype=dtypes)
+    pipe.generation = _generation(source)
+    return pipe.to(device)
+
+
+def defaults(pipe: DiffusionPipeline) -> dict:
+    """Arguments of the pipeline's call that are used where none are given, and the video's `fps`:
+    the checkpoint's own (its generation.json), else those of the call's signature."""
+    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    parameters = pipe.stock_signature.parameters
+    stock = {name: parameters[name].default for name in (*names, "max_sequence_length")}
+    return {**stock, "fps": 16, **pipe.generation}
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies it in hardware, else fp32."""
+    if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _pipeline_class(source: str | Path, image_to_video: bool) -> type[DiffusionPipeline]:
+    if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
+        raise FileNotFoundError(f"{source} is not a diffusers model: it has no model_index.json.")
+    name = DiffusionPipeline.load_config(source)["_class_name"]
+    if image_to_video:
+        name = FROM_IMAGE.get(name, name)
+    if name not in PIPELINES:
+        raise ValueError(
+            f"{source} is a {name}, which is not supported; supported: {', '.join(PIPELINES)}."
+        )
+    return getattr(import_module(PIPELINES[name]), name)
+
+
+def _generation(source: str | Path) -> dict:
+    file = Path(source) / "generation.json"
+    return json.loads(file.read_text()) if file.is_file() else {}

@@ -1,0 +1,83 @@
+"""Wan 2.1 and 2.2 (T2V, I2V, TI2V): the processor, the grid, the presets and the pipelines."""
+
+from collections.abc import Mapping
+
+import diffusers
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv_projections
+from torch import Tensor
+
+from vdit_sparse.grid import Grid
+from vdit_sparse.methods import RadialAttention
+from vdit_sparse.pipelines.attach import SparsePipelineMixin
+from vdit_sparse.pipelines.families import Family
+from vdit_sparse.pipelines.hook import SparseAttnProcessor
+
+
+class WanSparseAttnProcessor(SparseAttnProcessor):
+    """Self-attention of a Wan block: as `WanAttnProcessor`, but for the attention itself."""
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError("Wan's self-attention takes neither encoder states nor a mask.")
+        query, key, value = _get_qkv_projections(attn, hidden_states, None)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+        if rotary_emb is not None:
+            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+        hidden_states = self.attend(query, key, value).flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on interleaved pairs: x `[B, S, H, D]`; cos, sin `[1, S, 1, D]`, each value twice."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    out = torch.empty_like(x)
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out
+
+
+def _grid(transformer: torch.nn.Module, arguments: Mapping[str, object]) -> Grid:
+    """Latent tokens of `hidden_states [B, C, F, H, W]` after patching."""
+    sizes = arguments["hidden_states"].shape[2:]
+    patches = transformer.config.patch_size
+    return Grid(*(size // patch for size, patch in zip(sizes, patches, strict=True)))
+
+
+def _layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {f"blocks.{i}.attn1": block.attn1 for i, block in enumerate(transformer.blocks)}
+
+
+# Radial Attention's own settings: scripts/ of mit-han-lab/radial-attention at 72788d4, read in
+# methods/radial_sparsevdit_adaspa.md 1b; 50 steps unless said otherwise.
+PRESETS = {
+    # wan_t2v_inference.sh, 69 frames of 768x1280
+    "radial-wan2.1": RadialAttention(decay=0.2, dense_layers=1, dense_steps=12),
+    # 161 frames of 720x1280, with the authors' long-video LoRA
+    "radial-wan2.1-long": RadialAttention(decay=1.0, dense_layers=2, dense_steps=2),
+    # FusionX LoRA, 8 steps, guidance 1
+    "radial-wan2.1-8step": RadialAttention(decay=0.2, dense_layers=1, dense_steps=2),
+    # LightX2V LoRA, 4 steps, guidance 1
+    "radial-wan2.1-4step": RadialAttention(decay=0.2, dense_layers=1, dense_steps=1),
+    # wan_22_t2v_inference.sh, 77 frames of 768x1280, 40 steps
+    "radial-wan2.2": RadialAttention(decay=0.8, dense_layers=1, dense_steps=11, block=64),
+}
+
+FAMILY = Family(WanSparseAttnProcessor, _layers, _grid, PRESETS)
+
+
+class WanPipeline(SparsePipelineMixin, diffusers.WanPipeline):
+    """`diffusers.WanPipeline` with `set_attn_processor`."""
+
+
+class WanImageToVideoPipeline(SparsePipelineMixin, diffusers.WanImageToVideoPipeline):
+    """`diffusers.WanImageToVideoPipeline` with `set_attn_processor`."""
