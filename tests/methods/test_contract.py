@@ -1,0 +1,185 @@
+"""What every method in METHODS promises, whatever it does: law for law of DESIGN.md."""
+
+import json
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vdit_sparse.grid import Grid
+from vdit_sparse.method import Call
+from vdit_sparse.methods import METHODS
+
+# Images, text, sizes that no block divides, the bundled model's clip.
+GRIDS = [
+    Grid(1, 16, 28),
+    Grid(1, 9, 13, 17),
+    Grid(9, 9, 13),
+    Grid(9, 9, 13, 17),
+    Grid(30, 2, 9, 17),
+    Grid(7, 16, 28),
+]
+# A grid on which every method drops something at its defaults, and one with as many tokens.
+SPARSE_GRID, SAME_LENGTH = Grid(16, 16, 16, 17), Grid(32, 16, 8, 17)
+
+# The fields that make a method keep everything, for those that can.
+EVERYTHING_KEPT = {"radial": {"decay": 1e9, "decimate": False}}
+
+# Scores differ in the last bits between tilings; float32 throughout.
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+
+each_method = pytest.mark.parametrize("name", METHODS)
+each_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
+each_block = pytest.mark.parametrize("block", [64, 128])
+
+
+def call_at(grid, step=0):
+    return Call(grid, layer=0, layers=2, step=step, steps=4, memory={})
+
+
+def inputs(grid, device, batch=2, heads=2):
+    return torch.randn(3, batch, heads, grid.tokens, 16, device=device)
+
+
+def visible(plan, tokens):
+    """Which key each query sees in the sequence, bool `[B|1, H|1, tokens, tokens]`."""
+    if plan.order is None:
+        return plan.mask.token_mask(tokens, tokens)
+    slots = plan.order.shape[-1]
+    mask = plan.mask.token_mask(slots, slots)
+    order = plan.order if plan.order.ndim == 2 else plan.order[None]
+    place = order.argsort(-1, stable=True)[:, -tokens:]
+    heads = max(mask.shape[1], len(place))
+    mask, place = mask.expand(-1, heads, -1, -1), place.expand(heads, -1)
+    return torch.stack([mask[:, h][:, place[h]][:, :, place[h]] for h in range(heads)], 1)
+
+
+@pytest.mark.parametrize("name", EVERYTHING_KEPT)
+@each_grid
+@each_block
+def test_everything_kept_equals_dense(name, grid, block, device):
+    method = METHODS[name](block=block, **EVERYTHING_KEPT[name])
+    q, k, v = inputs(grid, device)
+    assert method.plan(q, k, call_at(grid)).mask.density() == 1
+    expected = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(method(q, k, v, call_at(grid)), expected, **TOLERANCE)
+
+
+@each_method
+@each_grid
+@each_block
+def test_order_is_a_bijection_that_keeps_text_last(name, grid, block, device):
+    q, k, _ = inputs(grid, device)
+    plan = METHODS[name](block=block).plan(q, k, call_at(grid))
+    slots = grid.tokens if plan.order is None else plan.order.shape[-1]
+    assert plan.mask.nq == -(-slots // plan.mask.block_q)
+    assert plan.mask.nk == -(-slots // plan.mask.block_k)
+    order = torch.arange(grid.tokens)[None] if plan.order is None else plan.order.cpu()
+    for positions in order.reshape(-1, slots):
+        real = positions[positions >= 0]
+        assert torch.equal(real.sort().values, torch.arange(grid.tokens))
+        if grid.text:
+            assert (real[: grid.video] < grid.video).all()
+
+
+@each_method
+@each_grid
+@each_block
+def test_every_query_has_keys_and_text_is_kept_whole(name, grid, block, device):
+    q, k, _ = inputs(grid, device)
+    seen = visible(METHODS[name](block=block).plan(q, k, call_at(grid)), grid.tokens)
+    assert seen.any(-1).all()
+    assert seen[..., grid.video :, :].all()
+    assert seen[..., grid.video :].all()
+
+
+@each_method
+@each_grid
+@each_block
+def test_output_is_dense_attention_over_the_visible_tokens(name, grid, block, device):
+    method = METHODS[name](block=block)
+    q, k, v = inputs(grid, device)
+    seen = visible(method.plan(q, k, call_at(grid)), grid.tokens)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    torch.testing.assert_close(method(q, k, v, call_at(grid)), expected, **TOLERANCE)
+
+
+@each_method
+@each_grid
+def test_batch_rows_do_not_see_each_other(name, grid, device):
+    method = METHODS[name]()
+    q, k, v = inputs(grid, device)
+    both = method(q, k, v, call_at(grid))
+    alone = method(q[:1], k[:1], v[:1], call_at(grid))
+    torch.testing.assert_close(both[:1], alone, **TOLERANCE)
+
+
+@each_method
+@each_grid
+@each_block
+def test_same_call_gives_the_same_plan(name, grid, block, device):
+    q, k, _ = inputs(grid, device)
+    plans = [METHODS[name](block=block).plan(q, k, call_at(grid)) for _ in range(2)]
+    assert torch.equal(*(plan.mask.keep() for plan in plans))
+    orders = [plan.order for plan in plans]
+    assert orders == [None, None] or torch.equal(*orders)
+
+
+@each_method
+@each_block
+def test_another_grid_of_the_same_length_gives_another_plan(name, block, device):
+    q, k, _ = inputs(SPARSE_GRID, device)
+    method = METHODS[name](block=block)
+    seen = [
+        visible(method.plan(q, k, call_at(grid)), grid.tokens)
+        for grid in (SPARSE_GRID, SAME_LENGTH)
+    ]
+    assert not torch.equal(*seen)
+
+
+@each_method
+def test_plan_drops_something_and_density_is_noted(name, device):
+    q, k, v = inputs(SPARSE_GRID, device)
+    call = call_at(SPARSE_GRID)
+    METHODS[name]()(q, k, v, call)
+    assert 0 < float(call.memory["density"]) < 1
+
+
+@each_method
+def test_is_its_own_configuration(name):
+    kind = METHODS[name]
+    method = kind(dense_steps=3, refresh=(0, 5), block=64)
+    assert method == kind(dense_steps=3, refresh=(0, 5), block=64)
+    assert method != replace(method, dense_steps=4)
+    assert len({method, replace(method), replace(method, block=128)}) == 2
+    for field in fields(method):
+        with pytest.raises(FrozenInstanceError):
+            setattr(method, field.name, getattr(method, field.name))
+
+
+@each_method
+@pytest.mark.parametrize("changed", [{}, {"dense_steps": 3, "refresh": (0, 5), "block": 64}])
+def test_is_rebuilt_from_its_repr_and_from_json(name, changed):
+    kind = METHODS[name]
+    method = kind(**changed)
+    assert eval(repr(method), {kind.__name__: kind}) == method
+    assert kind(**json.loads(json.dumps(asdict(method)))) == method
+
+
+@each_method
+def test_raises_under_autograd(name, device):
+    grid = GRIDS[0]
+    q, k, v = inputs(grid, device)
+    k.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"is inference only.*torch\.no_grad"):
+        METHODS[name]()(q, k, v, call_at(grid))
+    with torch.no_grad():
+        assert METHODS[name]()(q, k, v, call_at(grid)).shape == q.shape
+
+
+@each_method
+def test_rejects_a_sequence_that_is_not_the_grid(name, device):
+    q, k, v = inputs(Grid(2, 8, 8), device)
+    with pytest.raises(ValueError, match="has 192 tokens, but q has 128"):
+        METHODS[name]()(q, k, v, call_at(Grid(3, 8, 8)))
