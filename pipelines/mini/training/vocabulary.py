@@ -12,9 +12,12 @@ from pathlib import Path
 SPRITE_FOLDER = Path(__file__).parent / "sprites"
 
 COLOURS = {
-    "red": 0, "orange": 28, "yellow": 50, "green": 130, "blue": 215, "purple": 275, "pink": 328,
+    "red": 0, "orange": 28, "yellow": 50, "green": 130, "blue": 215, "purple": 275, "pink": 330,
 }  # fmt: skip
 """Name -> hue in degrees."""
+
+PALE = {"pink": 0.6}
+"""Colours that are less saturated than the others -> by how much."""
 
 SHAPES = ("ball", "cube", "triangle", "ring", "diamond", "hexagon")
 """Shaded solids drawn by code, in every colour."""
