@@ -1,4 +1,4 @@
-"""`load_pipeline`: a model by hub id, folder, or the bundled one, as a pipeline that takes a method."""
+"""`load_pipeline`: a hub id, a folder or the bundled model as a pipeline that takes a method."""
 
 import json
 from importlib import import_module
@@ -42,7 +42,7 @@ def load_pipeline(
     dtype = dtype or default_dtype(device)
     cls = _pipeline_class(source, image_to_video)
     dtypes = dtype if model is None else {"default": dtype, "vae": torch.float32}
-    pipe = cls.from_pretrained(source, torch_dtype=dtypes)
+    pipe = cls.from_pretrained(source, dtype=dtypes)
     pipe.generation = _generation(source)
     return pipe.to(device)
 
