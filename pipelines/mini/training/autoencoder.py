@@ -63,7 +63,7 @@ def train_autoencoder(
     checkpoints: Checkpoints,
     resume: bool = False,
 ) -> list[float]:
-    """Trains, measures the latents' mean and deviation, saves; returns the mean losses on the way."""
+    """Trains, measures the latents, saves; returns the mean losses on the way."""
     start = time.perf_counter()
     vae = build_autoencoder(sizes).to(shape.device)
     if settings.channels_last:
@@ -121,7 +121,7 @@ def reconstruction_loss(clip: WholeClip, video: Tensor, kl_weight: float) -> Ten
 
 @torch.no_grad()
 def latent_statistics(clip: WholeClip, clips: Tensor, batch: int = 8) -> tuple[Tensor, Tensor]:
-    """Returns mean and standard deviation per latent channel, `[channels]` each, over uint8 clips."""
+    """Returns mean and deviation per latent channel, `[channels]` each, over uint8 clips."""
     means = []
     for part in clips.split(batch):
         with mixed_precision(str(clips.device)):

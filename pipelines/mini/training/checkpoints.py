@@ -72,7 +72,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def load_autoencoder(checkpoints: Checkpoints, sizes: Sizes) -> AutoencoderKLWan:
-    """Builds the averaged autoencoder with the latents' statistics in its config, float32, frozen."""
+    """Builds the averaged autoencoder with the latents' statistics in its config, frozen."""
     state = checkpoints.load("autoencoder")
     vae = build_autoencoder(sizes, state["mean"], state["std"])
     vae.load_state_dict(state["average"])
@@ -126,7 +126,7 @@ def adopt(folder: Path, checkpoints: Checkpoints) -> None:
 
     The optimizers' state is not in an export: the first steps warm up again.
     """
-    pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     config = pipeline.vae.config
     weights = pipeline.vae.state_dict()
     checkpoints.save(

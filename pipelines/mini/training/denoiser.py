@@ -18,7 +18,7 @@ from vdit_sparse.pipelines.mini.training.checkpoints import (
     load_tokenizer,
 )
 from vdit_sparse.pipelines.mini.training.clips import SEEDS, ClipShape, Limit
-from vdit_sparse.pipelines.mini.training.latents import CAPTION_TOKENS, LatentSet, cache_latents
+from vdit_sparse.pipelines.mini.training.latents import LatentSet, cache_latents
 from vdit_sparse.pipelines.mini.training.models import (
     HEAD_DIM,
     Sizes,
@@ -161,15 +161,15 @@ def flow_loss(
     return F.mse_loss(velocity.float(), noise - latents)
 
 
-def compile_blocks(transformer: WanTransformer3DModel) -> None:
+def compile_blocks(transformer: WanTransformer3DModel, **options: object) -> None:
     """Compiles one block for all, with static shapes but for the length of the text.
 
     Text is padded to several lengths: marking that one dimension dynamic saves a compilation per
-    length, which costs more than the step it speeds up.
+    length, which costs more than the step it speeds up. `options` go to `torch.compile`.
     """
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     transformer.condition_embedder.register_forward_hook(_mark_text_length)
-    transformer.compile_repeated_blocks(dynamic=False)
+    transformer.compile_repeated_blocks(dynamic=False, **options)
 
 
 def with_attention(transformer: WanTransformer3DModel, backend: str) -> None:

@@ -1,4 +1,4 @@
-"""The networks of the bundled text-to-video model: sizes, construction, and the start of training."""
+"""The networks of the bundled text-to-video model: sizes, construction, starting values."""
 
 from dataclasses import dataclass, replace
 

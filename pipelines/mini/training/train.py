@@ -1,0 +1,179 @@
+"""Trains the bundled model: stages on one command line, joined by the word `then`.
+
+    python -m vdit_sparse.pipelines.mini.training.train autoencoder --seconds 230 then evaluate
+
+One process runs all stages, because loading the libraries takes seconds of a rented machine.
+README.md beside this file has the whole recipe.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import fields
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from vdit_sparse.pipelines.mini.training.autoencoder import (
+    AutoencoderSettings,
+    evaluate_autoencoder,
+    train_autoencoder,
+)
+from vdit_sparse.pipelines.mini.training.checkpoints import (
+    TOKENIZER,
+    Checkpoints,
+    adopt,
+    assemble,
+    export,
+    load_autoencoder,
+)
+from vdit_sparse.pipelines.mini.training.clips import ClipShape
+from vdit_sparse.pipelines.mini.training.denoiser import DenoiserSettings, train_denoiser
+from vdit_sparse.pipelines.mini.training.models import SIZES
+from vdit_sparse.pipelines.mini.training.pacing import report
+from vdit_sparse.pipelines.mini.training.sample import PROMPTS, Sampling, load, sample_sheet
+from vdit_sparse.pipelines.mini.training.structure import measure, table
+from vdit_sparse.pipelines.mini.training.tokenizer import train_tokenizer
+
+JOINT = "then"
+STRUCTURE_PROMPTS = (PROMPTS[2], PROMPTS[5])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the stages of a command line, one after the other."""
+    words = sys.argv[1:] if arguments is None else arguments
+    groups = groupby(words, key=lambda word: word == JOINT)
+    stages = [build_parser().parse_args(list(part)) for joint, part in groups if not joint]
+    if not stages:
+        build_parser().parse_args([])
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    for options in stages:
+        start = time.perf_counter()
+        torch.manual_seed(options.seed)
+        report(f"stage {options.stage}: {vars(options)}")
+        RUNNERS[options.stage](options)
+        if torch.cuda.is_available():
+            report(f"GPU memory peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+            torch.cuda.empty_cache()
+        report(f"stage {options.stage} took {time.perf_counter() - start:.1f} s")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the parser of one stage."""
+    parser = argparse.ArgumentParser(prog="train", description=__doc__.splitlines()[0])
+    stages = parser.add_subparsers(dest="stage", required=True)
+    for name in RUNNERS:
+        stage = stages.add_parser(name)
+        stage.add_argument("--folder", type=Path, default=Path("checkpoints"))
+        stage.add_argument("--tokenizer", type=Path, default=TOKENIZER)
+        stage.add_argument("--sizes", choices=sorted(SIZES), default="released")
+        stage.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        stage.add_argument("--seed", type=int, default=0)
+        if name in ("autoencoder", "evaluate", "denoiser", "sample", "structure"):
+            for side, default in (("height", 256), ("width", 448), ("frames", 25)):
+                stage.add_argument(f"--{side}", type=int, default=default)
+        if name in ("sample", "structure"):
+            stage.add_argument("--steps", type=int, default=16)
+            stage.add_argument("--guidance", type=float, default=4.0)
+        if name in ("evaluate", "sample", "structure"):
+            stage.add_argument("--output", type=Path, help="default: beside the checkpoints")
+        if name == "evaluate":
+            stage.add_argument("--clips", type=int, default=64)
+        if name == "tokenizer":
+            stage.add_argument("--captions", type=int, default=20_000)
+        if name in ("export", "sample", "structure", "adopt"):
+            stage.add_argument("--pipeline", type=Path, help="default: FOLDER/mini")
+        if name == "export":
+            stage.add_argument("--max-shard", default="14MB")
+        if name in SETTINGS:
+            stage.add_argument("--resume", action="store_true")
+            _add_settings(stage, SETTINGS[name])
+    return parser
+
+
+def _add_settings(stage: argparse.ArgumentParser, settings: type) -> None:
+    for item in fields(settings):
+        action = argparse.BooleanOptionalAction if item.type is bool else "store"
+        kind = {} if item.type is bool else {"type": item.type}
+        flag = "--" + item.name.replace("_", "-")
+        stage.add_argument(flag, action=action, default=item.default, **kind)
+
+
+def _settings(options: argparse.Namespace, settings: type):
+    return settings(**{item.name: getattr(options, item.name) for item in fields(settings)})
+
+
+def _shape(options: argparse.Namespace) -> ClipShape:
+    return ClipShape(options.height, options.width, options.frames, options.device)
+
+
+def _checkpoints(options: argparse.Namespace) -> Checkpoints:
+    return Checkpoints(options.folder, options.tokenizer)
+
+
+def _pipeline_folder(options: argparse.Namespace) -> Path:
+    return options.pipeline or _checkpoints(options).pipeline
+
+
+def _run_tokenizer(options: argparse.Namespace) -> None:
+    train_tokenizer(options.tokenizer, options.captions, SIZES[options.sizes].vocabulary)
+
+
+def _run_training(options: argparse.Namespace) -> None:
+    train = {"autoencoder": train_autoencoder, "denoiser": train_denoiser}[options.stage]
+    settings = _settings(options, SETTINGS[options.stage])
+    sizes = SIZES[options.sizes]
+    train(_shape(options), sizes, settings, _checkpoints(options), options.resume)
+
+
+def _run_evaluate(options: argparse.Namespace) -> None:
+    vae = load_autoencoder(_checkpoints(options), SIZES[options.sizes])
+    text = json.dumps(evaluate_autoencoder(vae, _shape(options), options.clips))
+    (options.output or options.folder / "autoencoder.json").write_text(text + "\n")
+    report(text)
+
+
+def _run_export(options: argparse.Namespace) -> None:
+    pipeline = assemble(_checkpoints(options), SIZES[options.sizes])
+    export(pipeline, _pipeline_folder(options), options.max_shard)
+
+
+def _run_adopt(options: argparse.Namespace) -> None:
+    adopt(_pipeline_folder(options), _checkpoints(options))
+
+
+def _run_sample(options: argparse.Namespace) -> None:
+    pipeline = load(_pipeline_folder(options), options.device)
+    sampling = Sampling(options.steps, options.guidance, options.seed)
+    path = options.output or options.folder / f"samples_{options.height}x{options.width}.png"
+    sample_sheet(pipeline, _shape(options), sampling, path)
+
+
+def _run_structure(options: argparse.Namespace) -> None:
+    pipeline = load(_pipeline_folder(options), options.device)
+    sampling = Sampling(options.steps, options.guidance, options.seed)
+    text = table(measure(pipeline, STRUCTURE_PROMPTS, _shape(options), sampling))
+    (options.output or options.folder / "structure.md").write_text(text + "\n")
+    report("attention structure\n" + text)
+
+
+RUNNERS = {
+    "tokenizer": _run_tokenizer,
+    "autoencoder": _run_training,
+    "evaluate": _run_evaluate,
+    "denoiser": _run_training,
+    "export": _run_export,
+    "sample": _run_sample,
+    "structure": _run_structure,
+    "adopt": _run_adopt,
+}
+SETTINGS = {"autoencoder": AutoencoderSettings, "denoiser": DenoiserSettings}
+
+
+if __name__ == "__main__":
+    main()
