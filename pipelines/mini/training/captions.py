@@ -12,6 +12,7 @@ from itertools import product
 import numpy as np
 
 from vdit_sparse.pipelines.mini.training.vocabulary import (
+    AT_HOME,
     CAMERAS,
     COLOURS,
     COUNTS,
@@ -111,7 +112,7 @@ def sample_spec(rng: np.random.Generator, names: tuple[str, ...] = DEFAULT_NAMES
         weather = _pick(rng, PLACES[place].weather)
     spec = Spec(
         place=place,
-        items=_sample_items(rng, names),
+        items=_sample_items(rng, names, AT_HOME.get(place, ("walk",))),
         time=_pick(rng, PLACES[place].times),
         weather=weather,
         camera=_weighted(rng, CAMERA_SHARES),
@@ -120,13 +121,21 @@ def sample_spec(rng: np.random.Generator, names: tuple[str, ...] = DEFAULT_NAMES
     return replace(spec, caption=write_caption(spec, rng))
 
 
-def _sample_items(rng, names) -> tuple[Item, ...]:
+def _sample_items(rng, names, ways: tuple[str, ...]) -> tuple[Item, ...]:
+    """One or two kinds of things; shapes, those with a colour, and those with one of `ways` come
+    more often than their share of `names`.
+    """
     kinds = 1 if rng.random() < 0.9 else 2
     items = []
     for _ in range(kinds):
         left = [name for name in names if name not in {item.name for item in items}]
-        draw = rng.random()
-        favoured = SHAPES if draw < 0.20 else TINTABLE if draw < 0.45 else left
+        draw, favoured = rng.random(), left
+        if draw < 0.20:
+            favoured = SHAPES
+        elif draw < 0.45:
+            favoured = TINTABLE
+        elif draw < 0.60:
+            favoured = [name for name in left if things()[name].way in ways]
         name = _pick(rng, [name for name in left if name in favoured] or left)
         items.append(
             Item(

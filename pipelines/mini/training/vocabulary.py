@@ -193,6 +193,15 @@ WAYS = {
 }
 """How a thing gets about -> verbs, third person singular."""
 
+AT_HOME = {
+    "ocean": ("sail",),
+    "underwater": ("swim",),
+    "space": ("fly", "float"),
+    "clouds": ("fly", "float"),
+    "city": ("drive",),
+}
+"""Place -> the ways of the things that are met there more often; elsewhere those that walk."""
+
 MOTIONS = {
     "right": ("moves to the right", "moves right", "moves from left to right", "goes right"),
     "left": ("moves to the left", "moves left", "moves from right to left", "goes left"),
