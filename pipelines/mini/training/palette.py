@@ -61,7 +61,7 @@ def lattice(i: Tensor, j: Tensor | float, phase: Tensor) -> Tensor:
     [0, 1). Integer arithmetic (murmur3's mixing steps), so there is no `sin` to differ by a bit.
     """
     column = i.to(torch.int32) * -1640531535
-    row = torch.as_tensor(j, device=i.device).to(torch.int32) * 668265263
+    row = (j.to(torch.int32) if isinstance(j, Tensor) else int(j)) * 668265263
     h = column ^ row ^ (phase * 2**30).to(torch.int32)
     for multiplier in (-2048144789, -1028477387):
         h = (h ^ ((h >> 15) & 0x1FFFF)) * multiplier
