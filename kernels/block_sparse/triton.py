@@ -1,0 +1,284 @@
+"""The Triton backend: one source for NVIDIA Ampere to Blackwell and AMD, and for the interpreter.
+
+FlashAttention-2's forward loop (arXiv 2307.08691, algorithm 1) over each query block's list of key
+blocks. One program computes BM queries of one head; letters: `B H S D` as in the public function,
+BM x BN the tile, BD is D rounded up to a power of two.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from vdit_sparse.kernels.block_mask import BlockMask
+from vdit_sparse.kernels.block_sparse.layout import empty_outputs
+from vdit_sparse.kernels.block_sparse.tiles import Tile, architecture, tile_for
+
+LOG2_E = 1.4426950408889634
+LARGEST_D = 256
+
+
+@triton.jit
+def _load_rows(base, start, stride, rows, end, columns, D: tl.constexpr, BD: tl.constexpr):
+    """Rows `start + rows` of a matrix, zero from row `end` on."""
+    pointers = base + start.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    real = (start + rows < end)[:, None]
+    if BD != D:
+        real = real & (columns < D)[None, :]
+    return tl.load(pointers, mask=real, other=0.0)
+
+
+@triton.jit
+def _load_whole(base, start, stride, rows, columns, D: tl.constexpr, BD: tl.constexpr):
+    """Rows `start + rows` of a matrix that has them all."""
+    pointers = base + start.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    if BD == D:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _online_softmax(scores, acc, peak, total, scale_log2, GUARD: tl.constexpr):
+    """Weights of this tile, rescaled accumulator, running maximum (log2 units) and sum."""
+    peak_new = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
+    shift = peak_new
+    if GUARD:
+        # A row that has seen only masked keys has peak = -inf, and -inf - -inf is nan.
+        shift = tl.where(peak_new == float("-inf"), 0.0, peak_new)
+    p = tl.exp2(scores * scale_log2 - shift[:, None])
+    alpha = tl.exp2(peak - shift)
+    return p, acc * alpha[:, None], peak_new, total * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def _split_list(list_ptr, n, full, whole, CHUNK: tl.constexpr):
+    """How many of the `n` ascending entries are below `whole`, and the entry after them or -1."""
+    below = tl.minimum(n, whole)
+    following = tl.where(below < n, whole, -1)
+    if not full:
+        below = 0
+        for first in tl.range(0, n, CHUNK, num_stages=1):
+            at = first + tl.arange(0, CHUNK)
+            entries = tl.load(list_ptr + at, mask=at < n, other=2147483647)
+            below += tl.sum((entries < whole).to(tl.int32), 0)
+        following = tl.load(list_ptr + below, mask=below < n, other=-1)
+    return below, following
+
+
+@triton.jit
+def block_sparse_forward(
+    q_ptr, k_ptr, v_ptr, q_desc, k_desc, v_desc, out_ptr, lse_ptr,
+    idx_ptr, cnt_ptr, valid_ptr, kv_len_ptr,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_s,
+    idx_b, idx_h, idx_q, cnt_b, cnt_h, cnt_q,
+    H, S, keys, nk, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """See `block_sparse_attention`. q_desc, k_desc, v_desc: 4-D tensor descriptors, or None to read
+    through pointers; RAGGED: whether a key block may reach past the keys of its batch row."""
+    tiles = tl.cdiv(S, BM)
+    # Head-major, so that a head's keys stay in L2; last rows first, for the dense rows of text.
+    head = tl.program_id(0) // tiles
+    m0 = (tiles - 1 - tl.program_id(0) % tiles) * BM
+    b, h = head // H, head % H
+    b64, h64 = b.to(tl.int64), h.to(tl.int64)
+    k_ptr += b64 * k_b + h64 * k_h
+    v_ptr += b64 * v_b + h64 * v_h
+    row = m0 // BLOCK_Q
+    list_ptr = idx_ptr + b64 * idx_b + h64 * idx_h + row.to(tl.int64) * idx_q
+    n = tl.load(cnt_ptr + b64 * cnt_b + h64 * cnt_h + row.to(tl.int64) * cnt_q)
+    full = n == nk
+
+    rows_m = tl.arange(0, BM)
+    rows_n = tl.arange(0, BN)
+    columns = tl.arange(0, BD)
+    if q_desc is not None:
+        q = q_desc.load([b, h, m0, 0]).reshape([BM, BD])
+    else:
+        q = _load_rows(q_ptr + b64 * q_b + h64 * q_h, m0, q_s, rows_m, S, columns, D, BD)
+    acc = tl.zeros([BM, BD], tl.float32)
+    peak = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+
+    # The block that straddles the end of the keys comes first: its masks then cost no registers in
+    # the main loop, and the order of the blocks does not matter.
+    length = keys
+    n_whole = n
+    if RAGGED:
+        if kv_len_ptr is not None:
+            length = tl.minimum(keys, tl.maximum(tl.load(kv_len_ptr + b), 0))
+        whole = length // BLOCK_K
+        n_whole, following = _split_list(list_ptr, n, full, whole, 128)
+        if following == whole:
+            end = length
+            if valid_ptr is not None:
+                end = tl.minimum(length, whole * BLOCK_K + tl.load(valid_ptr + whole))
+            for part in tl.range(0, tl.cdiv(end - whole * BLOCK_K, BN), num_stages=1):
+                start = whole * BLOCK_K + part * BN
+                if k_desc is not None:
+                    k = k_desc.load([b, h, start, 0]).reshape([BN, BD])
+                else:
+                    k = _load_rows(k_ptr, start, k_s, rows_n, end, columns, D, BD)
+                scores = tl.dot(q, k.T, input_precision=PRECISION)
+                scores = tl.where((start + rows_n < end)[None, :], scores, float("-inf"))
+                p, acc, peak, total = _online_softmax(scores, acc, peak, total, scale_log2, False)
+                if v_desc is not None:
+                    v = v_desc.load([b, h, start, 0]).reshape([BN, BD])
+                    # Masked keys have weight 0, but 0 * nan is nan.
+                    v = tl.where((start + rows_n < end)[:, None], v, 0.0)
+                else:
+                    v = _load_rows(v_ptr, start, v_s, rows_n, end, columns, D, BD)
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+
+    for i in range(0, n_whole * (BLOCK_K // BN)):
+        j = i // (BLOCK_K // BN)
+        block = tl.where(full, j, tl.load(list_ptr + j, mask=n != nk, other=0))
+        start = block * BLOCK_K + i % (BLOCK_K // BN) * BN
+        if valid_ptr is not None:
+            end = tl.minimum(block * BLOCK_K + tl.load(valid_ptr + block), length)
+            k = _load_rows(k_ptr, start, k_s, rows_n, end, columns, D, BD)
+            v = _load_rows(v_ptr, start, v_s, rows_n, end, columns, D, BD)
+        elif k_desc is not None:
+            k = k_desc.load([b, h, start, 0]).reshape([BN, BD])
+            v = v_desc.load([b, h, start, 0]).reshape([BN, BD])
+        else:
+            k = _load_whole(k_ptr, start, k_s, rows_n, columns, D, BD)
+            v = _load_whole(v_ptr, start, v_s, rows_n, columns, D, BD)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        if valid_ptr is not None:
+            scores = tl.where((start + rows_n < end)[None, :], scores, float("-inf"))
+        p, acc, peak, total = _online_softmax(
+            scores, acc, peak, total, scale_log2, valid_ptr is not None
+        )
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+
+    real = m0 + rows_m < S
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    out_ptr += b64 * out_b + h64 * out_h + m0.to(tl.int64) * out_s
+    pointers = out_ptr + rows_m[:, None] * out_s + columns[None, :]
+    stored = real[:, None]
+    if BD != D:
+        stored = stored & (columns < D)[None, :]
+    tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=stored)
+    # ln(sum of exp) from log2 units; a row without keys has peak = -inf.
+    lse = (peak + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse_ptr + head.to(tl.int64) * S + m0 + rows_m, lse, mask=real)
+
+
+# Decided when the kernels above were decorated: a JITFunction compiles, the other one interprets.
+INTERPRETED = not isinstance(block_sparse_forward, triton.runtime.JITFunction)
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, precision: str) -> str | None:
+    """None if this backend computes the call, else the reason why it does not."""
+    if q.device.type != "cuda" and not INTERPRETED:
+        return f"it needs a CUDA or ROCm GPU, the tensors are on {q.device.type}"
+    if INTERPRETED and q.device.type not in ("cpu", "cuda"):
+        return f"Triton's interpreter runs on the CPU, the tensors are on {q.device.type}"
+    if INTERPRETED and q.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies the bits of bfloat16 numbers, not the numbers"
+    if q.shape[-1] > LARGEST_D:
+        return f"D is at most {LARGEST_D}, got {q.shape[-1]}"
+    arch = architecture(q.device)
+    if arch.startswith("sm_") and int(arch[3:]) < 80:
+        return f"it needs compute capability 8.0, this GPU has {arch[3:-1]}.{arch[-1]}"
+    return None
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, kv_len: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `block_sparse_attention`."""
+    return launch(q, k, v, mask, scale, kv_len, choose_tile(q, k, v, mask))
+
+
+def choose_tile(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tile:
+    """The tile, and with it the path (descriptors or pointers), that `forward` takes."""
+    return tile_for(
+        architecture(q.device),
+        _width(q.shape[-1]),
+        q.dtype.itemsize,
+        (mask.block_q, mask.block_k),
+        why_pointers(q, k, v, mask) is None,
+    )
+
+
+def why_pointers(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:
+    """Why this call cannot read its tensors through descriptors (TMA), None if it can.
+
+    Whether it does, the tile says: `choose_tile(...).descriptors`.
+    """
+    arch = architecture(q.device)
+    if not arch.startswith("sm_") or int(arch[3:]) < 90:
+        return f"descriptors need NVIDIA compute capability 9.0, this is {arch}"
+    if q.shape[-1] not in (64, 128) or q.dtype.itemsize != 2:
+        return f"descriptors are for D of 64 and 128 in two bytes, got {q.shape[-1]} in {q.dtype}"
+    if mask.valid is not None:
+        return "key blocks with masked slots inside (`valid`) need masked loads"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in _strides(x)):
+            return f"{name} is not aligned to 16 bytes, strides {x.stride()}"
+        if any(stride == 0 for stride in _strides(x)):
+            return f"{name} is expanded, strides {x.stride()}"
+    return None
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    scale: float,
+    kv_len: Tensor | None,
+    tile: Tile,
+) -> tuple[Tensor, Tensor]:
+    """`forward` with a given tile (for the benchmark and the tests)."""
+    B, H, S, D = q.shape
+    keys = k.shape[2]
+    width = _width(D)
+    idx = mask.idx if mask.idx.stride(-1) == 1 else mask.idx.contiguous()
+    out, lse = empty_outputs(q)
+    descriptors = (None, None, None)
+    if tile.descriptors:
+        descriptors = [
+            _descriptor(x, rows, width)
+            for x, rows in ((q, tile.rows), (k, tile.keys), (v, tile.keys))
+        ]
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.registers is not None:
+        options["maxnreg"] = tile.registers
+    with torch.cuda.device_of(q):
+        block_sparse_forward[(B * H * triton.cdiv(S, tile.rows),)](
+            q, k, v, *descriptors, out, lse, idx, mask.cnt, mask.valid, kv_len,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(out),
+            *_shared_strides(idx), *_shared_strides(mask.cnt),
+            H, S, keys, mask.nk, scale * LOG2_E,
+            D=D, BD=width, BLOCK_Q=mask.block_q, BLOCK_K=mask.block_k, BM=tile.rows, BN=tile.keys,
+            RAGGED=kv_len is not None or keys % mask.block_k != 0,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            **options,
+        )  # fmt: skip
+    return out, lse
+
+
+def _width(D: int) -> int:
+    return max(16, triton.next_power_of_2(D))
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of B, H and S; those of dimensions of size 1 mean nothing and are replaced."""
+    dense = x.shape[3]
+    return tuple(s if n > 1 else dense for s, n in zip(x.stride()[:3], x.shape, strict=False))
+
+
+def _shared_strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of the first three dimensions of a mask tensor, 0 where a size of 1 is shared."""
+    return tuple(s if n > 1 else 0 for s, n in zip(x.stride()[:3], x.shape, strict=False))
+
+
+def _descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], [1, 1, rows, width])
