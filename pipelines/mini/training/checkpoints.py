@@ -18,6 +18,8 @@ from vdit_sparse.pipelines.mini.training.models import (
 from vdit_sparse.pipelines.mini.training.pacing import report
 
 TOKENIZER = Path(__file__).parent.parent / "tokenizer"
+# Transformers 5 calls it TokenizersBackend, a name that transformers 4 does not know.
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 STAGES = ("autoencoder", "denoiser")
 
 
@@ -95,11 +97,7 @@ def assemble(checkpoints: Checkpoints, sizes: Sizes) -> WanPipeline:
 
 
 def export(pipeline: WanPipeline, folder: Path, shard: str = "14MB") -> int:
-    """Saves the pipeline in bf16 and returns its size in bytes.
-
-    Transformers 5 writes the tokenizer's class as `TokenizersBackend`, a name that transformers 4
-    does not know; both know `PreTrainedTokenizerFast`.
-    """
+    """Saves the pipeline in bf16 and returns its size in bytes."""
     pipeline.to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard)
     _rename_tokenizer(folder / "model_index.json")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -110,13 +108,13 @@ def export(pipeline: WanPipeline, folder: Path, shard: str = "14MB") -> int:
 def name_tokenizer_class(config: Path) -> None:
     """Writes the portable class name into a `tokenizer_config.json`."""
     content = json.loads(config.read_text())
-    content["tokenizer_class"] = PreTrainedTokenizerFast.__name__
+    content["tokenizer_class"] = TOKENIZER_CLASS
     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _rename_tokenizer(index: Path) -> None:
     content = json.loads(index.read_text())
-    content["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
+    content["tokenizer"] = ["transformers", TOKENIZER_CLASS]
     index.write_text(json.dumps(content, indent=2) + "\n")
     name_tokenizer_class(index.parent / "tokenizer" / "tokenizer_config.json")
 

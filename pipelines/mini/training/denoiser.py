@@ -31,8 +31,6 @@ DROP_CAPTION = 0.1
 PAD_LENGTHS, PAD_SHARES = (64, 128, 226, 512), (0.7, 0.1, 0.1, 0.1)
 LONG_FROM = 2 / 3
 LONG_SHARE = 0.06
-# One attention backend per compiled shape and gradient mode; dynamo's own limit of 8 is near.
-COMPILED_SHAPES = 32
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,6 @@ def compile_blocks(transformer: WanTransformer3DModel, **options: object) -> Non
     Text is padded to several lengths: marking that one dimension dynamic saves a compilation per
     length, which costs more than the step it speeds up. `options` go to `torch.compile`.
     """
-    torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     transformer.condition_embedder.register_forward_hook(_mark_text_length)
     transformer.compile_repeated_blocks(dynamic=False, **options)
 
@@ -221,7 +218,7 @@ def _optimizers(model: Denoiser) -> Optimizers:
     matrices = [p for p in model.transformer.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    return Optimizers(matrices, others, muon_decay=0.02)
+    return Optimizers(matrices, others, adamw_rate=1.5e-3, muon_decay=0.02)
 
 
 def _state(model: Denoiser, average: Average, optimizers: Optimizers, step: int) -> dict:

@@ -14,6 +14,8 @@ from vdit_sparse.pipelines.mini.training.pacing import report
 from vdit_sparse.pipelines.mini.training.whole_clip import WholeClip
 
 CAPTION_TOKENS = 64
+# 32 clips of 25 frames at 256 x 448: about 30 GiB of activations.
+_PIXELS_AT_ONCE = 32 * 25 * 256 * 448
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def cache_latents(
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     clip, latents, captions = WholeClip(vae), [], []
-    batch = 64 if shape.height * shape.width * shape.frames < 1_000_000 else 32
+    batch = max(1, min(64, _PIXELS_AT_ONCE // (shape.height * shape.width * shape.frames)))
     for video, texts in render(shape, limit, seed, batch):
         with mixed_precision(shape.device):
             posterior_mean = clip.encode(video).float().chunk(2, dim=1)[0]

@@ -67,7 +67,8 @@ class Optimizers:
     Args:
         muon: parameters of two or more dimensions.
         adamw: all other parameters.
-        rate: learning rate of both at factor 1.
+        rate: Muon's learning rate at factor 1.
+        adamw_rate: AdamW's at factor 1.
         muon_decay: decoupled weight decay of the Muon part.
     """
 
@@ -77,24 +78,27 @@ class Optimizers:
         adamw: Iterable[nn.Parameter],
         rate: float = 2e-3,
         *,
+        adamw_rate: float = 2e-3,
         muon_decay: float = 0.0,
     ) -> None:
         muon, adamw = list(muon), list(adamw)
         fused = adamw[0].is_cuda
-        self.rate = rate
+        self.rates = (rate, adamw_rate)
         self.parameters = muon + adamw
         self._parts = (
             Muon(muon, lr=rate, weight_decay=muon_decay),
-            torch.optim.AdamW(adamw, lr=rate, betas=(0.9, 0.95), weight_decay=1e-3, fused=fused),
+            torch.optim.AdamW(
+                adamw, lr=adamw_rate, betas=(0.9, 0.95), weight_decay=1e-3, fused=fused
+            ),
         )
 
     def step(self, loss: Tensor, factor: float) -> None:
-        """Backpropagates, clips the gradient's norm to 1, and updates at `rate * factor`."""
+        """Backpropagates, clips the gradient's norm to 1, and updates at `factor` of the rates."""
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
-        for part in self._parts:
+        for part, rate in zip(self._parts, self.rates, strict=True):
             for group in part.param_groups:
-                group["lr"] = self.rate * factor
+                group["lr"] = rate * factor
             part.step()
             part.zero_grad(set_to_none=True)
 

@@ -34,20 +34,7 @@ def train_tokenizer(folder: Path, captions: int, vocabulary: int) -> PreTrainedT
     """
     random = np.random.default_rng(0)
     texts = [sample_spec(random).caption for _ in range(captions)]
-    model = Tokenizer(models.BPE())
-    model.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator(texts, trainer)
-    model.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", SPECIAL_TOKENS.index("</s>"))]
-    )
+    model = _train(texts, vocabulary)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=model,
         pad_token="<pad>",
@@ -64,3 +51,21 @@ def train_tokenizer(folder: Path, captions: int, vocabulary: int) -> PreTrainedT
         f"{np.mean(lengths):.1f} tokens on average, {max(lengths)} at most"
     )
     return tokenizer
+
+
+def _train(texts: list[str], vocabulary: int) -> Tokenizer:
+    model = Tokenizer(models.BPE())
+    model.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    model.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", SPECIAL_TOKENS.index("</s>"))]
+    )
+    return model

@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+import torch._dynamo
 
 from vdit_sparse.pipelines.mini.training.autoencoder import (
     AutoencoderSettings,
@@ -38,6 +39,8 @@ from vdit_sparse.pipelines.mini.training.structure import measure, table
 from vdit_sparse.pipelines.mini.training.tokenizer import train_tokenizer
 
 JOINT = "then"
+# All stages of one command line share dynamo's count of graphs per function; its limit of 8 is low.
+COMPILED_SHAPES = 64
 STRUCTURE_PROMPTS = (PROMPTS[2], PROMPTS[5])
 
 
@@ -48,19 +51,23 @@ def main(arguments: list[str] | None = None) -> None:
     stages = [build_parser().parse_args(list(part)) for joint, part in groups if not joint]
     if not stages:
         build_parser().parse_args([])
+    with (
+        torch._dynamo.config.patch(recompile_limit=COMPILED_SHAPES),
+        torch.backends.cudnn.flags(enabled=True, benchmark=True),
+    ):
+        for options in stages:
+            _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    torch.manual_seed(options.seed)
+    report(f"stage {options.stage}: {vars(options)}")
+    RUNNERS[options.stage](options)
     if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    for options in stages:
-        start = time.perf_counter()
-        torch.manual_seed(options.seed)
-        report(f"stage {options.stage}: {vars(options)}")
-        RUNNERS[options.stage](options)
-        if torch.cuda.is_available():
-            report(f"GPU memory peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-            torch.cuda.empty_cache()
-        report(f"stage {options.stage} took {time.perf_counter() - start:.1f} s")
+        report(f"GPU memory peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        torch.cuda.empty_cache()
+    report(f"stage {options.stage} took {time.perf_counter() - start:.1f} s")
 
 
 def build_parser() -> argparse.ArgumentParser:

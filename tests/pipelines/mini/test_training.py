@@ -15,7 +15,11 @@ from vdit_sparse.pipelines.mini.training.autoencoder import (
     latent_statistics,
     reconstruction_loss,
 )
-from vdit_sparse.pipelines.mini.training.checkpoints import Checkpoints
+from vdit_sparse.pipelines.mini.training.checkpoints import (
+    TOKENIZER,
+    Checkpoints,
+    load_tokenizer,
+)
 from vdit_sparse.pipelines.mini.training.clips import ClipShape, Limit, crops, render, to_bytes
 from vdit_sparse.pipelines.mini.training.denoiser import Denoiser, compile_blocks, flow_loss
 from vdit_sparse.pipelines.mini.training.models import (
@@ -245,6 +249,14 @@ def test_the_tokenizer_lowers_case_ends_texts_and_takes_any_text(trained):
     assert pipeline.tokenizer.pad_token_id == 0
 
 
+def test_the_released_tokenizer_knows_the_words_of_the_prompts():
+    tokenizer = load_tokenizer(TOKENIZER)
+    for prompt in PROMPTS:
+        words = prompt.replace(",", " ,").split()
+        assert len(tokenizer(prompt).input_ids) == len(words) + 1
+    assert len(tokenizer) <= RELEASED.vocabulary
+
+
 def test_stages_count_their_steps_and_measure(trained):
     for stage in ("autoencoder", "denoiser"):
         state = trained.load(stage)
@@ -259,6 +271,8 @@ def test_the_export_loads_with_plain_diffusers_and_generates(trained):
     index = json.loads((trained.pipeline / "model_index.json").read_text())
     assert index["_class_name"] == "WanPipeline"
     assert index["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"]
+    config = json.loads((trained.pipeline / "tokenizer" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     pipeline = WanPipeline.from_pretrained(
         trained.pipeline, dtype=torch.bfloat16, local_files_only=True
     )
