@@ -1,0 +1,195 @@
+"""Everything that can be known to be wrong before the model is loaded, or before it runs."""
+
+import importlib.util
+import inspect
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from vdit_sparse.app.options import InputError
+from vdit_sparse.app.request import Request
+
+MOST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a model asks of a video's size: height and width in multiples of `pixels`, and one frame
+    more than a multiple of `frames`."""
+
+    height: int
+    width: int
+    frames: int
+
+
+def check_before_loading(request: Request) -> None:
+    """Raises InputError for whatever is wrong with a request without knowing its model."""
+    if not request.prompt.strip():
+        raise InputError("--prompt is empty: describe the video in a sentence.")
+    for option, value, least in (
+        ("--steps", request.steps, 1),
+        ("--num-frames", request.num_frames, 1),
+        ("--guidance-scale", request.guidance_scale, 0),
+        ("--seed", request.seed, 0),
+    ):
+        if value is not None and not value >= least:
+            raise InputError(f"{option} must be at least {least}, got {value}.")
+    if request.seed > MOST_SEED:
+        raise InputError(f"--seed must be at most {MOST_SEED}, got {request.seed}.")
+    device = check_device(request.device)
+    if request.offload != "none" and device.type == "cpu":
+        raise InputError(f"--offload {request.offload} needs a GPU, but the device is the CPU.")
+    if request.loras and importlib.util.find_spec("peft") is None:
+        raise InputError("--lora needs the package peft: run `pip install peft`.")
+    geometry = geometry_of_folder(request.model)
+    if geometry is not None:
+        check_size(geometry, request.size, request.num_frames)
+    check_folder(request.out, request.overwrite)
+
+
+def check_device(name: str | None) -> torch.device:
+    """The device of that name, or the default one. Raises InputError if it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device must be cpu, cuda, cuda:1, ... or mps, got {name!r}.") from None
+    found = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(device.type, 0)
+    if (device.index or 0) >= found:
+        raise InputError(
+            f"--device {name}: torch finds {found or 'no'} {device.type} device"
+            f"{'s' if found > 1 else ''} here; use another one, such as cpu, or see "
+            "`vdit-sparse doctor`."
+        )
+    return device
+
+
+def check_folder(out: Path, overwrite: bool) -> None:
+    """Makes the output folder and tries to write into it. Raises InputError if that fails, or if
+    there is something in it and it may not be overwritten."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+        occupied = any(out.iterdir())
+    except FileExistsError:
+        raise InputError(f"--out {out} is a file: name a folder.") from None
+    except OSError as error:
+        raise InputError(
+            f"Cannot write to --out {out} ({error.strerror}): name a folder that you may write to."
+        ) from error
+    if occupied and not overwrite:
+        raise InputError(f"--out {out} is not empty: name another folder, or add --overwrite.")
+
+
+def read_image(path: Path | None) -> Image.Image | None:
+    """The image as RGB. Raises InputError if there is none that can be read."""
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"There is no image {path}.") from None
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"Cannot read the image {path}: {error}.") from error
+
+
+def geometry_of_folder(model: str | Path | None) -> Geometry | None:
+    """The geometry of the bundled model (None) or of a model in a folder, read off its
+    configuration; None where that does not say."""
+    folder = bundled_model() if model is None else Path(model)
+    try:
+        vae = json.loads((folder / "vae" / "config.json").read_text())
+        transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return _geometry(vae, transformer)
+
+
+def geometry_of(pipe) -> Geometry | None:
+    """The geometry of a loaded pipeline; None where its configuration does not say."""
+    transformer = pipe.transformer or pipe.transformer_2
+    return _geometry(pipe.vae.config, transformer.config)
+
+
+def check_size(
+    geometry: Geometry, size: tuple[int, int] | None, num_frames: int | None = None
+) -> None:
+    """Raises InputError, with the nearest sizes that are possible, for one that is not."""
+    for name, pixels, unit in zip(
+        ("height", "width"), size or (), (geometry.height, geometry.width), strict=False
+    ):
+        if pixels < unit or pixels % unit:
+            low = pixels // unit * unit
+            near = [str(x) for x in (low, low + unit) if x]
+            raise InputError(
+                f"--size: the {name} of this model must be a multiple of {unit} pixels, got "
+                f"{pixels}; nearest: {' and '.join(near)}."
+            )
+    if num_frames is not None and (num_frames - 1) % geometry.frames:
+        low = (num_frames - 1) // geometry.frames * geometry.frames + 1
+        raise InputError(
+            f"--num-frames of this model must be 1 more than a multiple of {geometry.frames}, got "
+            f"{num_frames}; nearest: {low} and {low + geometry.frames}."
+        )
+
+
+def check_after_loading(pipe, request: Request) -> None:
+    """Raises InputError for what only the loaded pipeline can tell: sizes of models from the hub,
+    presets of another family, a missing or superfluous image."""
+    from vdit_sparse.pipelines.families import family_of
+
+    geometry = geometry_of(pipe)
+    if geometry is not None:
+        check_size(geometry, request.size, request.num_frames)
+    transformer = pipe.transformer or pipe.transformer_2
+    presets = family_of(transformer).presets
+    for choice in request.runs:
+        if choice.preset is not None and choice.preset not in presets:
+            raise InputError(
+                f"Preset {choice.preset!r} is of another model; this one has: {', '.join(presets)}."
+            )
+    takes_image = "image" in call_parameters(pipe)
+    if request.image is not None and not (takes_image and _has_image_channels(pipe, transformer)):
+        raise InputError("This model makes videos from text only: leave --image out.")
+    if takes_image and request.image is None:
+        raise InputError("This model makes videos from images: give one with --image FILE.")
+
+
+def call_parameters(pipe) -> Mapping[str, inspect.Parameter]:
+    """The arguments of the diffusers pipeline's own call."""
+    return pipe.stock_signature.parameters
+
+
+def bundled_model() -> Path:
+    """The folder of the bundled model, found without importing diffusers."""
+    import vdit_sparse
+
+    homes = [Path(home) / "pipelines" / "mini" for home in vdit_sparse.__path__]
+    return next((home for home in homes if home.is_dir()), homes[0])
+
+
+def _has_image_channels(pipe, transformer) -> bool:
+    """Whether the image can reach the transformer: in channels of its own (Wan 2.1 and 2.2 I2V), or
+    as the first latent frame (Wan 2.2 TI2V). A text-to-video checkpoint loads either way."""
+    config = transformer.config
+    return config.in_channels != config.out_channels or pipe.config.get("expand_timesteps", False)
+
+
+def _geometry(vae: Mapping, transformer: Mapping) -> Geometry | None:
+    spatial, temporal = vae.get("scale_factor_spatial"), vae.get("scale_factor_temporal")
+    patch = transformer.get("patch_size")
+    if not (spatial and temporal and isinstance(patch, list | tuple) and len(patch) == 3):
+        return None
+    return Geometry(spatial * patch[1], spatial * patch[2], temporal * patch[0])

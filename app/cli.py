@@ -1,0 +1,263 @@
+"""The command line: `vdit-sparse generate | methods | doctor`.
+
+Only the standard library, typer and rich are imported here, so that `--help` answers at once.
+"""
+
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+# Their loading bars, download bars and advice; ours say what is going on.
+QUIET = {
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+}
+
+
+class OneLineErrors(TyperGroup):
+    """A command group whose usage errors are one line on stderr and exit code 2."""
+
+    def main(self, args=None, prog_name=None, **options):
+        words = list(sys.argv[1:] if args is None else args)
+        options = {**options, "standalone_mode": False, "obj": {"words": words}}
+        try:
+            code = super().main(args=words, prog_name=prog_name or "vdit-sparse", **options)
+        except typer.Abort:
+            code = INTERRUPTED
+        except Exception as error:
+            # typer keeps the base class of its usage errors to itself.
+            if not hasattr(error, "format_message"):
+                raise
+            if error.format_message():
+                _complain(f"{error.format_message().rstrip('.')}. See `vdit-sparse --help`.")
+            code = error.exit_code
+        sys.exit(code or OK)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Sparse attention for diffusers' video transformers: videos, and what they cost.",
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _option(panel: str, help: str, *names: str, metavar: str | None = None):
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)
+
+
+VIDEO, METHOD, MODEL, MACHINE, FILES = "Video", "Method", "Model", "Machine", "Files"
+
+Prompt = Annotated[str, _option(VIDEO, "What the video shows.")]
+Negative = Annotated[str | None, _option(VIDEO, "What to avoid.")]
+Guidance = Annotated[float | None, _option(VIDEO, "Weight of the prompt; 1 is no guidance.")]
+Steps = Annotated[int | None, _option(VIDEO, "Denoising steps.")]
+Seed = Annotated[int, _option(VIDEO, "Number of the noise, which is the same in all runs.")]
+Size = Annotated[str | None, _option(VIDEO, "Pixels, such as 256x448.", metavar="HxW")]
+Frames = Annotated[int | None, _option(VIDEO, "Frames of the video.")]
+Image = Annotated[str | None, _option(VIDEO, "First frame (image-to-video).", metavar="FILE")]
+Method = Annotated[str | None, _option(METHOD, "A method, or dense; default radial.")]
+Set = Annotated[
+    list[str] | None,
+    _option(METHOD, "A field of the method; repeatable.", "--set", metavar="FIELD=VALUE"),
+]
+Preset = Annotated[str | None, _option(METHOD, "Published settings of a method.")]
+Compare = Annotated[
+    list[str] | None,
+    _option(
+        METHOD,
+        "Also run dense, METHOD:field=value,... or a preset; repeatable.",
+        metavar="dense|METHOD",
+    ),
+]
+Model = Annotated[
+    str | None,
+    _option(MODEL, "Hub id or folder; default the bundled model.", metavar="ID_OR_PATH"),
+]
+Lora = Annotated[
+    list[str] | None,
+    _option(MODEL, "LoRA, and its weight if not 1; repeatable.", metavar="ID_OR_PATH[:WEIGHT]"),
+]
+Offload = Annotated[str, _option(MACHINE, "What waits in RAM: none, model, sequential or group.")]
+Compile = Annotated[bool, _option(MACHINE, "Compile the transformer's blocks.", "--compile")]
+Dtype = Annotated[str | None, _option(MACHINE, "bf16, fp16 or fp32.")]
+Device = Annotated[str | None, _option(MACHINE, "cpu, cuda, cuda:1 or mps.")]
+DenseBackend = Annotated[
+    str | None,
+    _option(MACHINE, "native, _native_cudnn, flash, _flash_3, xformers or sage."),
+]
+Out = Annotated[str, _option(FILES, "Folder for the results.", metavar="DIR")]
+Overwrite = Annotated[bool, _option(FILES, "Replace the results in --out.", "--overwrite")]
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    prompt: Prompt,
+    out: Out,
+    method: Method = None,
+    set_: Set = None,
+    preset: Preset = None,
+    compare: Compare = None,
+    model: Model = None,
+    lora: Lora = None,
+    negative_prompt: Negative = None,
+    guidance_scale: Guidance = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    size: Size = None,
+    num_frames: Frames = None,
+    image: Image = None,
+    offload: Offload = "none",
+    compile: Compile = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    dense_backend: DenseBackend = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Make a video through sparse attention, and compare it with dense attention."""
+    with _errors(debug):
+        command = shlex.join(["vdit-sparse", *context.obj["words"]])
+        _generate({**context.params, "command": command})
+
+
+def _generate(words: dict) -> None:
+    from vdit_sparse.app.generate import generate as make
+    from vdit_sparse.app.report import FILE, table
+    from vdit_sparse.app.request import parse_request
+
+    request = parse_request(words)
+    with _bars() as progress:
+        report = make(request, progress)
+    console = Console()
+    console.print(table(report.runs))
+    for file in (*report.files, FILE):
+        console.print(str(request.out / file), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def methods(json: Json = False, debug: Debug = False) -> None:
+    """List the methods with their fields, and the presets of each model family."""
+    with _errors(debug):
+        from vdit_sparse.app.catalogue import catalogue, show
+
+        content = catalogue()
+        _print_json(content) if json else show(content, Console())
+
+
+@app.command()
+def doctor(json: Json = False, debug: Debug = False) -> None:
+    """Say what this machine has, and which backends work on it."""
+    with _errors(debug):
+        from vdit_sparse.app.doctor import as_data, examine, show
+
+        checks = examine()
+        _print_json(as_data(checks)) if json else show(checks, Console())
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """Ends in one line on stderr and an exit code, whatever goes wrong; `debug` shows more."""
+    try:
+        if debug:
+            yield
+        else:
+            with _without_warnings():
+                yield
+    except KeyboardInterrupt:
+        _complain("Interrupted; finished runs and their report are in the output folder.")
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if isinstance(error, typer.Exit):
+            raise
+        if debug:
+            Console(stderr=True).print_exception()
+        bad_input = type(error).__name__ == "InputError"
+        expected = bad_input or type(error).__name__ == "RunFailed"
+        said = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)"
+        _complain(said)
+        raise typer.Exit(BAD_INPUT if bad_input else FAILED) from None
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    names = ("diffusers", "transformers", "huggingface_hub", "accelerate", "torch")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextmanager
+def _bars() -> Iterator:
+    """A function (what, done, total) that draws a progress bar for each thing that goes on."""
+    from rich import progress as rich_progress
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.TextColumn("{task.fields[steps]}"),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TextColumn("left"),
+        rich_progress.TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    tasks = {}
+    with rich_progress.Progress(*columns, console=console, refresh_per_second=4) as bars:
+
+        def update(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total, steps="")
+            steps = f"step {done}/{total}" if total is not None and total > 1 else ""
+            bars.update(tasks[what], completed=done, total=total, steps=steps)
+
+        yield update
+
+
+def _complain(message: str) -> None:
+    """One line on stderr."""
+    typer.echo(" ".join(message.split()), err=True)
+
+
+def _print_json(content: dict) -> None:
+    import json
+
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def main() -> None:
+    """The console entry point."""
+    if "--debug" not in sys.argv:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+    app()
+
+
+if __name__ == "__main__":
+    main()

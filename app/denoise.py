@@ -1,0 +1,211 @@
+"""One run of a loaded pipeline: its frames, seconds, memory, and what its attention did."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vdit_sparse.app.checks import call_parameters
+from vdit_sparse.app.options import RunChoice
+
+OnStep = Callable[[int, int], None]
+DENOISERS = ("transformer", "transformer_2")
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """What one run gave.
+
+    frames: uint8 `[T, 3, H, W]`, on the CPU, as they came from the decoder, before any codec.
+    denoise_seconds: from the first call of the transformer to the end of the last step.
+    decode_seconds: the rest; None where the pipeline does not say when its last step ended.
+    density: mean share of key blocks over all self-attention calls; sparse_density: over the sparse
+        ones, None if there were none. backend, reasons: as in `Summary`.
+    peak_memory_bytes: highest in the run; on CUDA what torch allocated, else of the whole process.
+    """
+
+    frames: Tensor
+    denoise_seconds: float
+    decode_seconds: float | None
+    peak_memory_bytes: int
+    density: float
+    sparse_density: float | None = None
+    attention_calls: int | None = None
+    backend: str | None = None
+    reasons: dict[str, str | None] = field(default_factory=dict)
+
+
+def use(pipe, choice: RunChoice) -> None:
+    """Puts a method into the pipeline; dense is diffusers' own attention, with nothing of ours."""
+    from vdit_sparse.pipelines.attach import apply, remove
+
+    if choice.method is None:
+        remove(pipe)
+    else:
+        apply(pipe, choice.method)
+
+
+def run(pipe, choice: RunChoice, inputs: dict, on_step: OnStep) -> Clip:
+    """Runs the pipeline once with a method.
+
+    inputs: arguments of its call without generator and callbacks, plus `seed`: every run of the
+        same seed starts from the same noise, whatever the device.
+    on_step: called as (steps done, steps) after each step.
+
+    Raises RuntimeError if the frames hold NaN.
+    """
+    use(pipe, choice)
+    device = execution_device(pipe)
+    _forget_peak(device)
+    frames, clock = _timed_call(pipe, inputs, on_step, device)
+    if not frames.isfinite().all():
+        raise RuntimeError(
+            f"The frames of {choice.label} hold NaN; try --dtype fp32, or --dtype bf16 in place of "
+            "fp16."
+        )
+    return Clip(
+        frames=(frames * 255).round().to("cpu", torch.uint8),
+        denoise_seconds=clock.denoise_seconds,
+        decode_seconds=clock.decode_seconds,
+        peak_memory_bytes=_peak(device),
+        **_attention(pipe, choice),
+    )
+
+
+def warm_up(pipe, choice: RunChoice, inputs: dict) -> int:
+    """Runs a few steps that nobody times, so that kernels are compiled, and returns their number.
+
+    Each expert gets a step; where a method has dense and sparse steps, one of each.
+    """
+    experts = sum(getattr(pipe, name, None) is not None for name in DENOISERS)
+    rounds = [choice]
+    if choice.method is not None:
+        sparse = dataclasses.replace(choice.method, dense_steps=0, last_dense_steps=0)
+        rounds = [dataclasses.replace(choice, method=sparse)]
+        if sparse != choice.method:
+            dense = dataclasses.replace(sparse, dense_steps=experts)
+            rounds.append(dataclasses.replace(choice, method=dense))
+    short = {**inputs, "num_inference_steps": experts, "output_type": "latent"}
+    for each in rounds:
+        use(pipe, each)
+        pipe(**_call_arguments(short))
+    return experts * len(rounds)
+
+
+def execution_device(pipe) -> torch.device:
+    """The device on which an offloaded or plain pipeline computes."""
+    return torch.device(pipe._execution_device)
+
+
+class _Clock:
+    """When a call began, when its transformer was first called, when a step last ended."""
+
+    def __init__(self):
+        self.called = time.perf_counter()
+        self.began = self.stepped = self.ended = None
+
+    @property
+    def denoise_seconds(self) -> float:
+        return (self.stepped or self.ended) - (self.began or self.called)
+
+    @property
+    def decode_seconds(self) -> float | None:
+        return None if self.stepped is None else self.ended - self.stepped
+
+
+def _timed_call(pipe, inputs: dict, on_step: OnStep, device: torch.device):
+    """(frames `[T, 3, H, W]` in [0, 1], clock) of one call."""
+    steps = inputs["num_inference_steps"]
+    arguments = {**_call_arguments(inputs), "output_type": "pt"}
+    clock = _Clock()
+
+    def step_ended(pipe, step, timestep, tensors):
+        total = getattr(pipe, "num_timesteps", steps)
+        if step + 1 == total:
+            _wait(device)
+        clock.stepped = time.perf_counter()
+        on_step(step + 1, total)
+        return tensors
+
+    if "callback_on_step_end" in call_parameters(pipe):
+        arguments["callback_on_step_end"] = step_ended
+    with _first_call(pipe, clock, device):
+        frames = pipe(**arguments).frames[0]
+        _wait(device)
+    clock.ended = time.perf_counter()
+    on_step(steps, steps)
+    return frames, clock
+
+
+@contextmanager
+def _first_call(pipe, clock: _Clock, device: torch.device):
+    """Notes when the first transformer is first called; what comes before is not denoising."""
+
+    def note(*_):
+        if clock.began is None:
+            _wait(device)
+            clock.began = time.perf_counter()
+
+    models = [getattr(pipe, name, None) for name in DENOISERS]
+    handles = [model.register_forward_pre_hook(note) for model in models if model is not None]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _call_arguments(inputs: dict) -> dict:
+    arguments = {name: value for name, value in inputs.items() if name != "seed"}
+    return {**arguments, "generator": torch.Generator("cpu").manual_seed(inputs["seed"])}
+
+
+def _attention(pipe, choice: RunChoice) -> dict:
+    from vdit_sparse.pipelines.attach import summary
+
+    if choice.method is None:
+        return {"density": 1.0}
+    said = summary(pipe)
+    return {
+        "density": said.density,
+        "sparse_density": said.sparse_density,
+        "attention_calls": said.calls,
+        "backend": said.backend,
+        "reasons": dict(said.reasons),
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        # Linux: resets the process's highest resident size (proc(5), clear_refs).
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes. Where the system cannot reset it, the peak since the process began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource  # there is none on Windows
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else 1024 * most

@@ -1,0 +1,151 @@
+"""Videos of one prompt: the same model, text and noise through several methods, and a report."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+from vdit_sparse.app.checks import check_before_loading, read_image
+from vdit_sparse.app.denoise import execution_device, run, warm_up
+from vdit_sparse.app.environment import commit, machine, versions
+from vdit_sparse.app.loading import call_inputs, load, settings_of, takes_encoded_text
+from vdit_sparse.app.options import RunChoice
+from vdit_sparse.app.report import Finished, Report, files_of_former_report, panel
+from vdit_sparse.app.request import Request
+from vdit_sparse.app.video import contact_sheet, side_by_side, write_image, write_video
+from vdit_sparse.eval.metrics import METRICS
+
+# (what is going on, how much of it is done, of how much if that is known)
+Progress = Callable[[str, int, int | None], None]
+
+
+class RunFailed(Exception):
+    """A run went wrong; what was finished before is in the output folder. Exit code 1."""
+
+
+def generate(request: Request, progress: Progress) -> Report:
+    """Makes the videos, and writes them with their comparison and report into `request.out`.
+
+    Each video and the report are written as soon as a run is finished, so a later failure loses
+    nothing; while none is, the folder keeps what it had. Raises InputError for what the caller can
+    put right, and RunFailed for a run that went wrong; KeyboardInterrupt passes.
+    """
+    check_before_loading(request)
+    image = read_image(request.image)
+    progress("loading the model", 0, None)
+    started = time.perf_counter()
+    pipe = load(request)
+    settings = settings_of(pipe, request)
+    inputs = call_inputs(pipe, request, settings, image)
+    progress("loading the model", 1, 1)
+    facts = _facts(pipe, request, settings)
+    facts["load_seconds"] = time.perf_counter() - started
+    session = _Session(pipe, request, inputs, settings["fps"], progress, Report(facts))
+    session.run_all()
+    return session.report
+
+
+@dataclass(frozen=True)
+class _Session:
+    """A loaded pipeline on its way through the runs of a request."""
+
+    pipe: object
+    request: Request
+    inputs: dict
+    fps: float
+    progress: Progress
+    report: Report
+
+    def run_all(self) -> None:
+        report = self.report
+        try:
+            for name, choice in _named(self.request.runs):
+                self._keep(self._run(name, choice))
+            self._write_pictures()
+            report.status = "finished"
+        except KeyboardInterrupt:
+            report.status = "interrupted"
+            raise
+        except Exception as error:
+            report.status, report.error = "failed", f"{type(error).__name__}: {error}"
+            kept = ", ".join(report.files) or "nothing"
+            raise RunFailed(
+                f"{report.error} (finished before: {kept}, in {self.request.out})"
+            ) from error
+        finally:
+            if report.runs:
+                report.write(self.request.out)
+
+    def _run(self, name: str, choice: RunChoice) -> Finished:
+        def on_step(done: int, total: int) -> None:
+            self.progress(name, done, total)
+
+        on_step(0, self.inputs["num_inference_steps"])
+        cold = self.request.compile or execution_device(self.pipe).type == "cuda"
+        warmup_steps = warm_up(self.pipe, choice, self.inputs) if cold else 0
+        clip = run(self.pipe, choice, self.inputs, on_step)
+        reference = next((other for other in self.report.runs if other.reference), None)
+        if reference is None:
+            return Finished(name, choice, clip, warmup_steps, reference=choice.method is None)
+        return Finished(
+            name,
+            choice,
+            clip,
+            warmup_steps,
+            speedup=reference.clip.denoise_seconds / clip.denoise_seconds,
+            metrics={key: METRICS[key](clip.frames, reference.clip.frames) for key in METRICS},
+        )
+
+    def _keep(self, finished: Finished) -> None:
+        out = self.request.out
+        if not self.report.runs:
+            for file in files_of_former_report(out):
+                file.unlink(missing_ok=True)
+        write_video(out / finished.file, finished.clip.frames, self.fps)
+        self.report.runs.append(finished)
+        self.report.files.append(finished.file)
+        self.report.write(out)
+
+    def _write_pictures(self) -> None:
+        out, report = self.request.out, self.report
+        panels = [panel(finished) for finished in report.runs]
+        heading = f"“{self.request.prompt}”  seed {self.request.seed}"
+        write_image(out / "contact_sheet.png", contact_sheet(panels, heading))
+        report.files.append("contact_sheet.png")
+        if len(panels) > 1:
+            write_video(out / "side_by_side.mp4", side_by_side(panels), self.fps)
+            report.files.append("side_by_side.mp4")
+
+
+def _named(runs: Iterable[RunChoice]) -> list[tuple[str, RunChoice]]:
+    """The runs, dense ones first, each with a name of its own: radial, radial-2, ..."""
+    named = {}
+    for choice in sorted(runs, key=lambda choice: choice.method is not None):
+        base = choice.preset or choice.name
+        count = 1 + sum(name == base or name.startswith(f"{base} ") for name in named)
+        named[base if count == 1 else f"{base} {count}"] = choice
+    return [(name.replace(" ", "-"), choice) for name, choice in named.items()]
+
+
+def _facts(pipe, request: Request, settings: dict) -> dict:
+    options = asdict(request)
+    kept = ("seed", "offload", "compile", "dense_backend", "loras")
+    return {
+        "command": request.command,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "model": {
+            "name": request.model or "bundled",
+            "pipeline": type(pipe).__name__,
+            "transformer": type(pipe.transformer or pipe.transformer_2).__name__,
+            "dtype": str((pipe.transformer or pipe.transformer_2).dtype).removeprefix("torch."),
+        },
+        "settings": {
+            **settings,
+            **{name: options[name] for name in kept},
+            "image": None if request.image is None else str(request.image),
+            "text_encoded_once": takes_encoded_text(pipe),
+        },
+        "versions": versions(),
+        "commit": commit(),
+        "machine": machine(execution_device(pipe)),
+    }

@@ -1,0 +1,131 @@
+"""A request's model, loaded as the request says, and the arguments of its call."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+
+from vdit_sparse.app.checks import call_parameters, check_after_loading, check_device
+from vdit_sparse.app.denoise import DENOISERS
+from vdit_sparse.app.options import DTYPES, InputError
+from vdit_sparse.app.request import Request
+
+
+def load(request: Request):
+    """The request's pipeline on its device, with LoRAs, dense backend, offloading and compilation.
+
+    Raises InputError for a model, LoRA or backend that cannot be had, or does not fit the request.
+    """
+    from vdit_sparse.pipelines.load import default_dtype, load_pipeline
+
+    device = check_device(request.device)
+    dtype = DTYPES[request.dtype] if request.dtype else default_dtype(device)
+    home = device if request.offload == "none" else torch.device("cpu")
+    from_image = request.image is not None
+    try:
+        pipe = load_pipeline(request.model, dtype=dtype, device=home, image_to_video=from_image)
+    except (OSError, ValueError) as error:
+        raise InputError(_load_error(request.model, error)) from error
+    pipe.set_progress_bar_config(disable=True)
+    check_after_loading(pipe, request)
+    _load_loras(pipe, request.loras)
+    models = [model for name in DENOISERS if (model := getattr(pipe, name, None)) is not None]
+    for model in models:
+        if request.dense_backend is not None:
+            _set_dense_backend(model, request.dense_backend)
+    _offload(pipe, request.offload, device)
+    for model in models:
+        if request.compile:
+            model.compile_repeated_blocks(fullgraph=True)
+    return pipe
+
+
+def settings_of(pipe, request: Request) -> dict:
+    """The checkpoint's default arguments, and `fps`, with the request's in their place."""
+    from vdit_sparse.pipelines.load import defaults
+
+    height, width = request.size or (None, None)
+    asked = {
+        "height": height,
+        "width": width,
+        "num_frames": request.num_frames,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+    }
+    return {**defaults(pipe), **{name: value for name, value in asked.items() if value is not None}}
+
+
+def call_inputs(pipe, request: Request, settings: dict, image: Image.Image | None) -> dict:
+    """Arguments of the pipeline's call that all runs share, and the seed. The text is encoded here,
+    once, where the pipeline takes it encoded."""
+    inputs = {name: value for name, value in settings.items() if name != "fps"}
+    inputs["seed"] = request.seed
+    if image is not None:
+        inputs["image"] = ImageOps.fit(image, (settings["width"], settings["height"]))
+    text = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    if not takes_encoded_text(pipe):
+        return {**inputs, **text}
+    guided = settings["guidance_scale"] > 1
+    length = settings["max_sequence_length"]
+    with torch.no_grad():
+        positive, negative = pipe.encode_prompt(
+            **text, do_classifier_free_guidance=guided, max_sequence_length=length
+        )
+    return {**inputs, "prompt_embeds": positive, "negative_prompt_embeds": negative}
+
+
+def takes_encoded_text(pipe) -> bool:
+    """Whether the call takes the two tensors that `encode_prompt` gives, and no masks or more."""
+    names = {name for name in call_parameters(pipe) if "prompt_" in name}
+    return names == {"prompt_embeds", "negative_prompt_embeds"}
+
+
+def _load_error(model: str | None, error: Exception) -> str:
+    """One line about a model that could not be loaded."""
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    if model is None or Path(model).exists():
+        return f"Cannot load {model or 'the bundled model'}: {said}"
+    if model.startswith((".", "/", "~")):
+        return f"There is no model folder {model}."
+    return (
+        f"Cannot load {model} from the Hugging Face Hub, and there is no such folder: check the "
+        f"name, your network and `hf auth login` ({type(error).__name__}: {said})"
+    )
+
+
+def _load_loras(pipe, loras: Sequence[tuple[str, float]]) -> None:
+    names = []
+    for number, (source, _) in enumerate(loras):
+        names.append(f"lora_{number}")
+        try:
+            pipe.load_lora_weights(source, adapter_name=names[-1])
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            said = " ".join(str(error).split())[:300]
+            raise InputError(f"Cannot load the LoRA {source}: {said}") from error
+    if names:
+        pipe.set_adapters(names, [weight for _, weight in loras])
+
+
+def _set_dense_backend(model, backend: str) -> None:
+    try:
+        model.set_attention_backend(backend)
+    except (ImportError, RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"--dense-backend {backend} does not run here: {said} See `vdit-sparse doctor`."
+        ) from error
+
+
+def _offload(pipe, kind: str, device: torch.device) -> None:
+    if kind == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif kind == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif kind == "group":
+        pipe.enable_group_offload(
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=device.type == "cuda",
+        )
