@@ -142,7 +142,7 @@ def evaluate_autoencoder(vae: AutoencoderKLWan, shape: ClipShape, count: int = 6
         index), `clips`, `frames`, `height`, `width`.
     """
     clip = WholeClip(vae.to(shape.device))
-    originals = render_bytes(shape, Limit(count), SEEDS["held_out"], batch=8)
+    originals = render_bytes(shape, Limit(count), SEEDS["held_out"])
     rows = []
     for part in originals.split(4):
         with mixed_precision(shape.device):
@@ -184,7 +184,7 @@ def _render_pools(shape: ClipShape, settings: AutoencoderSettings) -> list[Tenso
     if settings.long_clips:
         long = ClipShape(shape.height, shape.width, 2 * shape.frames - 1, shape.device)
         limit = Limit(settings.long_clips, settings.render_seconds * 0.2)
-        pools.append(render_bytes(long, limit, SEEDS["autoencoder"] + 500_000, batch=16))
+        pools.append(render_bytes(long, limit, SEEDS["autoencoder"] + 500_000))
     return pools
 
 

@@ -13,6 +13,9 @@ from vdit_sparse.pipelines.mini.training.video import ProceduralVideo
 # First seeds of the generator's batches: every use has its own million, so none sees another's.
 SEEDS = {"held_out": 0, "autoencoder": 1_000_000, "denoiser": 2_000_000}
 
+# The generator draws all clips of one place together, so that large batches need fewer launches.
+_BATCH_BYTES = {"cuda": 3 * 2**31, "cpu": 2**26}
+
 
 @dataclass(frozen=True)
 class ClipShape:
@@ -46,13 +49,13 @@ class Limit:
     seconds: float = float("inf")
 
 
-def render(
-    shape: ClipShape, limit: Limit, seed: int, batch: int = 32
-) -> Iterator[tuple[Tensor, list[str]]]:
+def render(shape: ClipShape, limit: Limit, seed: int) -> Iterator[tuple[Tensor, list[str]]]:
     """Yields batches of `(video [batch, 3, frames, height, width] float32, captions)`.
 
     At least one batch comes, however short the time. The last batch is cut to `limit.clips`.
     """
+    clip_bytes = 12 * shape.frames * shape.height * shape.width
+    batch = max(1, _BATCH_BYTES.get(torch.device(shape.device).type, 2**28) // clip_bytes)
     generator = ProceduralVideo(
         device=shape.device, height=shape.height, width=shape.width, frames=shape.frames
     )
@@ -67,10 +70,10 @@ def render(
         done, seed = done + count, seed + 1
 
 
-def render_bytes(shape: ClipShape, limit: Limit, seed: int, batch: int = 32) -> Tensor:
+def render_bytes(shape: ClipShape, limit: Limit, seed: int) -> Tensor:
     """Returns rendered clips `[clips, 3, frames, height, width]` as uint8, 0 to 255."""
     start = time.perf_counter()
-    clips = torch.cat([to_bytes(video) for video, _ in render(shape, limit, seed, batch)])
+    clips = torch.cat([to_bytes(video) for video, _ in render(shape, limit, seed)])
     seconds = time.perf_counter() - start
     report(f"rendered {tuple(clips.shape)} in {seconds:.1f} s, {len(clips) / seconds:.0f} clips/s")
     return clips

@@ -70,10 +70,11 @@ def cache_latents(
     )
     clip, latents, captions = WholeClip(vae), [], []
     batch = max(1, min(64, _PIXELS_AT_ONCE // (shape.height * shape.width * shape.frames)))
-    for video, texts in render(shape, limit, seed, batch):
-        with mixed_precision(shape.device):
-            posterior_mean = clip.encode(video).float().chunk(2, dim=1)[0]
-        latents.append(((posterior_mean - mean) / std).half())
+    for video, texts in render(shape, limit, seed):
+        for part in video.split(batch):
+            with mixed_precision(shape.device):
+                posterior_mean = clip.encode(part).float().chunk(2, dim=1)[0]
+            latents.append(((posterior_mean - mean) / std).half())
         captions += texts
     seconds = time.perf_counter() - start
     latents = torch.cat(latents)

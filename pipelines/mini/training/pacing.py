@@ -115,7 +115,7 @@ class Optimizers:
 class Meter:
     """Averages the loss on the device and prints it every few seconds, so steps never wait."""
 
-    def __init__(self, name: str, device: torch.device | str, every: float = 15.0) -> None:
+    def __init__(self, name: str, device: torch.device | str, every: float = 6.0) -> None:
         self.name, self.every = name, every
         self.losses: list[float] = []
         self._sum = torch.zeros((), device=device)

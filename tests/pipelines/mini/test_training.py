@@ -168,9 +168,11 @@ def test_crops_are_places_of_the_clips():
 
 
 def test_rendering_stops_at_its_limit():
-    batches = list(render(SHAPE, Limit(5), seed=0, batch=3))
-    assert [len(captions) for _, captions in batches] == [3, 2]
-    assert len(list(render(SHAPE, Limit(5, seconds=0.0), seed=0, batch=3))) == 1
+    large = ClipShape(128, 224, 25, "cpu")
+    batches = list(render(large, Limit(9), seed=0))
+    assert [len(captions) for _, captions in batches] == [7, 2]
+    assert batches[1][0].shape == (2, 3, 25, 128, 224)
+    assert len(list(render(large, Limit(9, seconds=0.0), seed=0))) == 1
 
 
 def test_psnr_of_a_known_error():
