@@ -50,7 +50,8 @@ class BlockMask:
             self.valid.shape != (self.nk,) or self.valid.dtype != torch.int32
         ):
             raise ValueError(
-                f"valid must be int32 [{self.nk}], got {self.valid.dtype} {tuple(self.valid.shape)}."
+                f"valid must be int32 [{self.nk}], got "
+                f"{self.valid.dtype} {tuple(self.valid.shape)}."
             )
 
     @property
@@ -96,7 +97,7 @@ class BlockMask:
         return (keep > 0) | full[..., None]
 
     def token_mask(self, queries: int, keys: int) -> Tensor:
-        """The mask of single tokens, bool `[B|1, H|1, queries, keys]`: for references and pictures."""
+        """The mask of single tokens, bool `[B|1, H|1, queries, keys]`, for references and plots."""
         rows = torch.arange(queries, device=self.device) // self.block_q
         columns = torch.arange(keys, device=self.device)
         keep = self.keep()[:, :, rows][..., columns // self.block_k]

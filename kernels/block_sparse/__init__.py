@@ -3,7 +3,8 @@
     out, lse = block_sparse_attention(q, k, v, mask)
 
 `reference.py` is the specification, `gather.py` the path of CPU and MPS, `triton.py` that of GPUs.
-A backend is a file with `supports(...) -> reason | None` and `forward(...)`, and a line in `BACKENDS`.
+A backend is a file with `supports(...) -> reason | None` and `forward(...)`, and a line in
+`BACKENDS`.
 """
 
 from importlib import import_module
@@ -47,8 +48,8 @@ def block_sparse_attention(
     precision: "bf16", products in the inputs' own dtype, sums and softmax in fp32;
     backend: a name in `BACKENDS`, which runs or raises; default `choose_backend(q, k, v, mask)`.
 
-    Returns out, shape, dtype and memory order of q, and lse, fp32 `[B, H, S]`, the natural logarithm
-    of the sum of exponentials. A row without keys gives 0 and -inf. Inference only: raises under
+    Returns out, shape, dtype and memory order of q, and lse, fp32 `[B, H, S]`, the natural log of
+    the sum of exponentials. A row without keys gives 0 and -inf. Inference only: raises under
     autograd. One opaque operator for torch.compile. The loop over blocks is FlashAttention-2's
     (arXiv 2307.08691, algorithm 1).
     """
@@ -62,18 +63,9 @@ def block_sparse_attention(
         scale = q.shape[-1] ** -0.5
     if not (isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a positive number, got {scale}.")
-    return torch.ops.vdit_sparse.block_sparse_attention(
-        q,
-        k,
-        v,
-        mask.idx,
-        mask.cnt,
-        mask.valid,
-        kv_len,
-        [mask.nk, mask.block_q, mask.block_k],
-        float(scale),
-        precision,
-        backend,
+    blocks = [mask.nk, mask.block_q, mask.block_k]
+    return _operator(
+        q, k, v, mask.idx, mask.cnt, mask.valid, kv_len, blocks, float(scale), precision, backend
     )
 
 
@@ -146,7 +138,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> No
         raise ValueError(f"q, k and v must agree in B, H and D, got {shapes}.")
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(
-            f"q, k and v must have one dtype of fp16, bf16 and fp32, got {q.dtype}, {k.dtype}, {v.dtype}."
+            "q, k and v must have one dtype of fp16, bf16 and fp32, got "
+            f"{q.dtype}, {k.dtype}, {v.dtype}."
         )
     if k.device != q.device or v.device != q.device:
         raise ValueError(f"q, k and v must share a device, got {q.device}, {k.device}, {v.device}.")
@@ -185,5 +178,5 @@ def _check_mask(q: Tensor, k: Tensor, mask: BlockMask) -> None:
         )
     if mask.device != q.device:
         raise ValueError(
-            f"mask must be on {q.device} like q, got {mask.device}: pass mask.to({q.device.type!r})."
+            f"mask must be on {q.device} like q, got {mask.device}: pass mask.to(q.device)."
         )

@@ -16,7 +16,7 @@ from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse.layout import empty_outputs, real_keys
 
 # Bytes of gathered keys and values held at once. On a CPU they should stay in its caches between
-# being gathered and being read: 2 MiB a thread was the fastest of 1 to 32.
+# being gathered and being read: on two cores, 2 to 4 MiB in all were the fastest of 2 to 80.
 CPU_BUDGET_PER_THREAD = 2 * 2**20
 DEVICE_BUDGET = 256 * 2**20
 

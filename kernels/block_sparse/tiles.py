@@ -1,4 +1,4 @@
-"""Which tile the Triton kernel uses where: a table written by hand from measurements, no autotuning.
+"""Which tile the Triton kernel uses where: a table written by hand, no autotuning.
 
 Autotuning would time kernels again for each new length, in the middle of a run and under a graph
 capture. `python -m vdit_sparse.kernels.bench --tune` measures the candidates for this table.
@@ -14,10 +14,10 @@ import torch
 class Tile:
     """One way to compile the kernel.
 
-    rows, keys: queries of a program and keys of a step, tokens; warps: warps (NVIDIA) or waves (AMD)
-    of a program; stages: depth of the software pipeline; descriptors: read q, k and v through
-    tensor descriptors (TMA, NVIDIA sm_90 and later) where their layout allows; registers: upper
-    limit of a thread, so that two programs fit a multiprocessor, or None.
+    rows, keys: queries of a program and keys of a step, tokens; warps: warps (NVIDIA) or waves
+    (AMD) of a program; stages: depth of the software pipeline; descriptors: read q, k and v
+    through tensor descriptors (TMA, NVIDIA sm_90 and later) where their layout allows; registers:
+    upper limit of a thread, so that two programs fit a multiprocessor, or None.
     """
 
     rows: int
@@ -30,11 +30,11 @@ class Tile:
 
 # (architecture, D rounded up to a power of two, query block) -> tile, for two-byte dtypes.
 TILES = {
-    ("sm_80", 64, 128): Tile(128, 64, 4, 3),
+    ("sm_80", 64, 128): Tile(128, 64, 8, 3),
     ("sm_80", 64, 64): Tile(64, 64, 4, 3),
     ("sm_80", 128, 128): Tile(128, 64, 8, 3),
     ("sm_80", 128, 64): Tile(64, 64, 4, 2),
-    ("sm_89", 64, 128): Tile(128, 64, 4, 2),
+    ("sm_89", 64, 128): Tile(128, 64, 8, 2),
     ("sm_89", 64, 64): Tile(64, 64, 4, 2),
     ("sm_89", 128, 128): Tile(128, 64, 8, 2),
     ("sm_89", 128, 64): Tile(64, 64, 4, 2),
@@ -44,9 +44,9 @@ TILES = {
     ("sm_90", 128, 64): Tile(64, 64, 4, 2, descriptors=True),
     ("sm_100", 64, 128): Tile(128, 64, 4, 3, descriptors=True),
     ("sm_100", 64, 64): Tile(64, 64, 4, 3, descriptors=True),
-    ("sm_100", 128, 128): Tile(128, 64, 8, 3, descriptors=True),
+    ("sm_100", 128, 128): Tile(128, 64, 4, 3, descriptors=True),
     ("sm_100", 128, 64): Tile(64, 64, 4, 3, descriptors=True),
-    ("sm_120", 64, 128): Tile(128, 64, 4, 2),
+    ("sm_120", 64, 128): Tile(128, 64, 8, 2),
     ("sm_120", 64, 64): Tile(64, 64, 4, 2),
     ("sm_120", 128, 128): Tile(128, 64, 8, 2),
     ("sm_120", 128, 64): Tile(64, 64, 4, 2),
@@ -57,9 +57,9 @@ TILES = {
 }
 # (D rounded up, bytes of the dtype) -> tile that fits every architecture.
 SMALL_TILES = {
-    (256, 2): Tile(64, 32, 4, 2),
+    (256, 2): Tile(64, 32, 8, 2),
     (64, 4): Tile(64, 32, 4, 2),
-    (128, 4): Tile(64, 32, 8, 2),
+    (128, 4): Tile(32, 32, 8, 2),
     (256, 4): Tile(32, 32, 8, 1),
 }
 # What pointers need where the layout rules descriptors out: the addresses take registers.
@@ -68,6 +68,7 @@ POINTER_TILES = {
     ("sm_90", 64, 64): Tile(64, 64, 4, 3),
     ("sm_90", 128, 128): Tile(128, 64, 8, 3),
     ("sm_90", 128, 64): Tile(64, 64, 4, 2),
+    ("sm_100", 128, 128): Tile(128, 64, 8, 3),
 }
 
 

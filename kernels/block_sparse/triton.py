@@ -17,6 +17,7 @@ from vdit_sparse.kernels.block_sparse.tiles import Tile, architecture, tile_for
 
 LOG2_E = 1.4426950408889634
 LARGEST_D = 256
+TAIL = tl.constexpr(32)  # keys of a step at the ragged end
 
 
 @triton.jit
@@ -104,8 +105,8 @@ def block_sparse_forward(
     peak = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
 
-    # The block that straddles the end of the keys comes first: its masks then cost no registers in
-    # the main loop, and the order of the blocks does not matter.
+    # The block that straddles the end of the keys comes first, in small steps through pointers, so
+    # that its masks cost the main loop no registers; the order of the blocks does not matter.
     length = keys
     n_whole = n
     if RAGGED:
@@ -117,23 +118,17 @@ def block_sparse_forward(
             end = length
             if valid_ptr is not None:
                 end = tl.minimum(length, whole * BLOCK_K + tl.load(valid_ptr + whole))
-            for part in tl.range(0, tl.cdiv(end - whole * BLOCK_K, BN), num_stages=1):
-                start = whole * BLOCK_K + part * BN
-                if k_desc is not None:
-                    k = k_desc.load([b, h, start, 0]).reshape([BN, BD])
-                else:
-                    k = _load_rows(k_ptr, start, k_s, rows_n, end, columns, D, BD)
+            rows_t = tl.arange(0, TAIL)
+            for part in tl.range(0, tl.cdiv(end - whole * BLOCK_K, TAIL), num_stages=1):
+                start = whole * BLOCK_K + part * TAIL
+                k = _load_rows(k_ptr, start, k_s, rows_t, end, columns, D, BD)
                 scores = tl.dot(q, k.T, input_precision=PRECISION)
-                scores = tl.where((start + rows_n < end)[None, :], scores, float("-inf"))
+                scores = tl.where((start + rows_t < end)[None, :], scores, float("-inf"))
                 p, acc, peak, total = _online_softmax(scores, acc, peak, total, scale_log2, False)
-                if v_desc is not None:
-                    v = v_desc.load([b, h, start, 0]).reshape([BN, BD])
-                    # Masked keys have weight 0, but 0 * nan is nan.
-                    v = tl.where((start + rows_n < end)[:, None], v, 0.0)
-                else:
-                    v = _load_rows(v_ptr, start, v_s, rows_n, end, columns, D, BD)
+                v = _load_rows(v_ptr, start, v_s, rows_t, end, columns, D, BD)
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
+    rows_n = tl.arange(0, BN)
     for i in range(0, n_whole * (BLOCK_K // BN)):
         j = i // (BLOCK_K // BN)
         block = tl.where(full, j, tl.load(list_ptr + j, mask=n != nk, other=0))
