@@ -229,15 +229,20 @@ def _bars() -> Iterator:
     )
     console = Console(stderr=True)
     tasks = {}
-    with rich_progress.Progress(*columns, console=console, refresh_per_second=4) as bars:
+    bars = rich_progress.Progress(*columns, console=console, refresh_per_second=4)
 
-        def update(what: str, done: int, total: int | None) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total, steps="")
-            steps = f"step {done}/{total}" if total is not None and total > 1 else ""
-            bars.update(tasks[what], completed=done, total=total, steps=steps)
+    def update(what: str, done: int, total: int | None) -> None:
+        if what not in tasks:
+            bars.start()
+            tasks[what] = bars.add_task(what, total=total, steps="")
+        steps = f"step {done}/{total}" if total is not None and total > 1 else ""
+        bars.update(tasks[what], completed=done, total=total, steps=steps)
 
+    try:
         yield update
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def _complain(message: str) -> None:

@@ -69,10 +69,8 @@ def _guarded(probe: Callable[[], Iterator[Check]]) -> Iterator[Check]:
 
 def _versions() -> Iterator[Check]:
     for name, version in versions().items():
-        required = name not in ("triton", "cuda")
-        yield Check(
-            "versions", name, version or "none", ok=False if required > bool(version) else None
-        )
+        missing = version is None and name not in ("triton", "cuda")
+        yield Check("versions", name, version or "none", ok=False if missing else None)
     yield Check("versions", "commit", commit() or "not a checkout")
 
 

@@ -79,9 +79,13 @@ class _Session:
         def on_step(done: int, total: int) -> None:
             self.progress(name, done, total)
 
-        on_step(0, self.inputs["num_inference_steps"])
         cold = self.request.compile or execution_device(self.pipe).type == "cuda"
-        warmup_steps = warm_up(self.pipe, choice, self.inputs) if cold else 0
+        warmup_steps = 0
+        if cold:
+            self.progress(f"{name}: warming up", 0, None)
+            warmup_steps = warm_up(self.pipe, choice, self.inputs)
+            self.progress(f"{name}: warming up", 1, 1)
+        on_step(0, self.inputs["num_inference_steps"])
         clip = run(self.pipe, choice, self.inputs, on_step)
         reference = next((other for other in self.report.runs if other.reference), None)
         if reference is None:

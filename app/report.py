@@ -109,7 +109,8 @@ def panel(run: Finished) -> Panel:
 
 def caption(run: Finished) -> str:
     """Density, seconds, speed-up, PSNR and SSIM in one line."""
-    parts = [f"density {run.clip.density:.3f}", f"{run.clip.denoise_seconds:.1f} s"]
+    seconds = run.clip.denoise_seconds
+    parts = [f"density {run.clip.density:.3f}", f"{seconds:.{1 if seconds >= 10 else 2}f} s"]
     if run.speedup is not None:
         parts.append(f"speed {run.speedup:.2f}x")
     if run.metrics:
@@ -120,12 +121,12 @@ def caption(run: Finished) -> str:
 def table(runs: list[Finished]) -> Table:
     """The runs as a table for the terminal."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    shown.add_column("method")
-    for name in ("density", "of a sparse step", "seconds", "speed-up", "PSNR dB", "SSIM"):
-        shown.add_column(name, justify="right")
+    shown.add_column("run")
+    for name in ("density", "sparse step", "seconds", "speed-up", "PSNR dB", "SSIM"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         shown.add_row(
-            run.choice.label,
+            run.name,
             _number(run.clip.density, ".3f"),
             _number(run.clip.sparse_density, ".3f"),
             _number(run.clip.denoise_seconds, ".2f"),

@@ -23,6 +23,8 @@ SHEET_FRAMES = 5
 SHEET_WIDTHS = (256, 448)
 SMALLEST_PANEL = 320
 GAP = 8
+# Points of the font that Pillow brings along.
+HEADING, TEXT, FINE = 24, 18, 13
 INK, FAINT, PAPER = (245, 245, 245), (165, 170, 180), (22, 24, 28)
 
 
@@ -93,7 +95,8 @@ def side_by_side(panels: Sequence[Panel]) -> Tensor:
     cells = []
     for panel in panels:
         frames = panel.frames.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-        label = _label(frames.shape[-1], [panel.title, panel.caption])
+        size = max(TEXT, frames.shape[-1] // 40)
+        label = _label(frames.shape[-1], [panel.title, panel.caption], size)
         cells.append(torch.cat([label.expand(len(frames), -1, -1, -1), frames], dim=2))
     columns = min(COLUMNS, len(cells))
     cells += [_plain(cells[0].shape)] * (-len(cells) % columns)
@@ -112,28 +115,27 @@ def contact_sheet(panels: Sequence[Panel], heading: str = "") -> Tensor:
         pictures = [_resized(panel.frames[i], size) for i in shown]
         if panel is panels[0]:
             pictures = [
-                torch.cat([_label(size[0], [f"frame {i}"], small=True), picture], dim=1)
+                torch.cat([_label(size[0], [f"frame {i}"], FINE), picture], dim=1)
                 for i, picture in zip(shown, pictures, strict=True)
             ]
         row = _join(pictures, axis=2)
-        rows += [_label(row.shape[-1], [panel.title, panel.caption]), row]
+        rows += [_label(row.shape[-1], [panel.title, panel.caption], HEADING), row]
     if heading:
-        rows.insert(0, _label(rows[0].shape[-1], [heading]))
+        rows.insert(0, _label(rows[0].shape[-1], [heading], HEADING))
     return _framed(torch.cat(rows, dim=1))
 
 
-def _label(width: int, lines: Iterable[str], small: bool = False) -> Tensor:
+def _label(width: int, lines: Iterable[str], size: int = TEXT) -> Tensor:
     """Lines of text on the paper's colour, uint8 `[3, h, width]`: the first bright, others faint.
 
     A line that is too long is set smaller, and cut with an ellipsis where that is not enough.
     """
-    size = 13 if small else 18
     height = round(1.45 * size)
     lines = [line for line in lines if line]
     image = Image.new("RGB", (width, height * len(lines) + GAP), PAPER)
     draw = ImageDraw.Draw(image)
     for number, line in enumerate(lines):
-        bright = number == 0 and not small
+        bright = number == 0 and size != FINE
         text, font = _fitted(draw, line, width - GAP, size if number == 0 else size - 3)
         place = (GAP // 2, GAP // 2 + number * height + height // 2)
         draw.text(place, text, INK if bright else FAINT, font=font, anchor="lm")
