@@ -1,0 +1,33 @@
+"""A tiny random model in a folder, as a user would have it."""
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.tiny_models import tiny_wan, tiny_wan_i2v
+from vdit_sparse.app.cli import app
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a text-to-video model."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_wan().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_image_model(tmp_path_factory):
+    """Folder of an image-to-video model."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-i2v"
+    tiny_wan_i2v().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def cli():
+    """Runs the command line in this process."""
+
+    def run(*words):
+        return CliRunner().invoke(app, [str(word) for word in words])
+
+    return run
