@@ -132,16 +132,20 @@ class BlockMask:
         whole = keep & (real == self.block_k)
         partial = keep & ~whole
         lists = [_all_columns(part) for part in (partial, whole)]
-        block_k = self.block_k
+        block_q, block_k = self.block_q, self.block_k
+        batch_step, head_step = (int(size > 1) for size in keep.shape[:2])
 
-        def in_block(b, h, q_index, k_index):
-            return k_index % block_k < real[k_index // block_k]
+        # The compiled kernel asks this in partial blocks only, the uncompiled one everywhere.
+        def visible(b, h, q_index, k_index):
+            k_block = k_index // block_k
+            kept = keep[b * batch_step, h * head_step, q_index // block_q, k_block]
+            return kept & (k_index % block_k < real[k_block])
 
         return FlexBlockMask.from_kv_blocks(
             *lists[0],
             *lists[1],
             BLOCK_SIZE=(self.block_q, self.block_k),
-            mask_mod=in_block,
+            mask_mod=visible,
             seq_lengths=(queries, keys),
         )
 

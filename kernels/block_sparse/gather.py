@@ -16,8 +16,9 @@ from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse.layout import empty_outputs, real_keys
 
 # Bytes of gathered keys and values held at once. On a CPU they should stay in its caches between
-# being gathered and being read: on two cores, 2 to 4 MiB in all were the fastest of 2 to 80.
-CPU_BUDGET_PER_THREAD = 2 * 2**20
+# being gathered and being read; on two cores 2 to 4 MiB in all are the fastest of 2 to 80, 8 costs
+# a few per cent more there but half the calls, of which each waits for the slowest thread.
+CPU_BUDGET_PER_THREAD = 4 * 2**20
 DEVICE_BUDGET = 256 * 2**20
 
 
@@ -33,21 +34,20 @@ def forward(
     B, H, S, D = q.shape
     k, v, bias = _masked_keys(k, v, mask, kv_len)
     queries = pad(q, (0, 0, 0, mask.nq * mask.block_q - S)).unflatten(2, (mask.nq, mask.block_q))
-    results = queries.new_zeros(queries.shape), lse_of_nothing(queries)
-    dense = _dense_rows(mask, q)
+    results = queries.new_zeros(queries.shape), _lse_of_nothing(queries)
+    dense = _dense_rows(mask, _is_fused(q, bias))
     if dense.numel():
         _attend_dense(queries, (k, v, bias), results, dense, scale)
     if dense.numel() < mask.nq:
-        blocks = _Blocks.build(queries, (k, v, bias), mask)
-        for units, lists in _groups(mask, dense, (B, H), blocks):
-            _attend_units(blocks, results, units, lists, scale)
+        blocks = _Blocks.build((k, v, bias), mask)
+        _attend_listed(queries, blocks, results, list(_groups(mask, dense, (B, H), blocks)), scale)
     out, lse = empty_outputs(q)
     out.copy_(results[0].flatten(2, 3)[:, :, :S])
     lse.copy_(results[1].flatten(2, 3)[:, :, :S])
     return out, lse
 
 
-def lse_of_nothing(queries: Tensor) -> Tensor:
+def _lse_of_nothing(queries: Tensor) -> Tensor:
     """What a row without keys has, -inf, fp32 `[B, H, nq, block_q]`."""
     return torch.full(queries.shape[:4], -torch.inf, dtype=torch.float32, device=queries.device)
 
@@ -69,12 +69,11 @@ def _masked_keys(
     return k, v, bias
 
 
-def _dense_rows(mask: BlockMask, q: Tensor) -> Tensor:
+def _dense_rows(mask: BlockMask, fused: bool) -> Tensor:
     """Query blocks that keep everything in all heads and batch rows, where a fused dense attention
     can take them without holding their scores."""
-    if not _is_fused(q):
-        return torch.empty(0, dtype=torch.long, device=q.device)
-    return (mask.cnt == mask.nk).flatten(0, 1).all(0).nonzero().squeeze(1)
+    everywhere = (mask.cnt == mask.nk).flatten(0, 1).all(0)
+    return (everywhere & fused).nonzero().squeeze(1)
 
 
 def _attend_dense(queries, keys, results, rows: Tensor, scale: float) -> None:
@@ -89,9 +88,8 @@ def _attend_dense(queries, keys, results, rows: Tensor, scale: float) -> None:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Queries, keys and values as rows of whole blocks; the ragged end of k and v is zero."""
+    """Keys and values as rows of whole blocks; the ragged end is zero."""
 
-    q: Tensor  # [B * H * nq, block_q, D]
     k: Tensor  # [B * H * nk, block_k * D]
     v: Tensor
     bias: Tensor | None  # [B * H * nk, block_k]
@@ -99,14 +97,15 @@ class _Blocks:
     tail: int  # slots past the end of the sequence in the last key block
 
     @classmethod
-    def build(cls, queries: Tensor, keys, mask: BlockMask) -> "_Blocks":
+    def build(cls, keys, mask: BlockMask) -> "_Blocks":
         k, v, bias = keys
+        heads = k.shape[1]
         tail = mask.nk * mask.block_k - k.shape[2]
         k, v = (pad(x, (0, 0, 0, tail)).reshape(-1, mask.block_k * k.shape[3]) for x in (k, v))
         if bias is not None:
-            bias = pad(bias, (0, tail))[:, None].expand(-1, queries.shape[1], -1)
+            bias = pad(bias, (0, tail))[:, None].expand(-1, heads, -1)
             bias = bias.reshape(-1, mask.block_k)
-        return cls(queries.flatten(0, 2), k, v, bias, mask.nk, tail)
+        return cls(k, v, bias, mask.nk, tail)
 
 
 def _groups(
@@ -143,28 +142,40 @@ def _chunk(blocks: _Blocks, n: int) -> int:
     return max(1, budget // (2 * n * blocks.k.shape[1] * blocks.k.itemsize))
 
 
-def _attend_units(blocks: _Blocks, results, units: Tensor, lists: Tensor, scale: float) -> None:
-    """One call over `units`, each with its own gathered keys, into `results`."""
-    u, n = lists.shape
-    q = blocks.q[units][:, None]
-    k, v = (
-        x.index_select(0, lists.flatten()).view(u, 1, -1, q.shape[3]) for x in (blocks.k, blocks.v)
-    )
-    bias = None
-    if blocks.bias is not None:
-        bias = blocks.bias.index_select(0, lists.flatten()).view(u, -1)
+def _attend_listed(queries, blocks: _Blocks, results, groups, scale: float) -> None:
+    """All of `groups`, into `results`: queries sorted once before, outputs placed once after."""
+    if not groups:
+        return
+    order = torch.cat([units for units, _ in groups])
+    chunks = queries.flatten(0, 2)[order].split([len(units) for units, _ in groups])
+    parts = [
+        _attend_gathered(q[:, None], blocks, lists, scale)
+        for q, (_, lists) in zip(chunks, groups, strict=True)
+    ]
+    for result, pieces in zip(results, zip(*parts, strict=True), strict=True):
+        result.flatten(0, 2)[order] = torch.cat(pieces)[:, 0]
+
+
+def _attend_gathered(
+    q: Tensor, blocks: _Blocks, lists: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One call over units, q `[u, 1, block_q, D]`, each with its own gathered keys."""
+    u, flat = len(lists), lists.flatten()
+    k, v = (x.index_select(0, flat).view(u, 1, -1, q.shape[3]) for x in (blocks.k, blocks.v))
+    bias = None if blocks.bias is None else blocks.bias.index_select(0, flat).view(u, -1)
     if blocks.tail and int(lists[0, -1]) % blocks.nk == blocks.nk - 1:
         k, v = k[:, :, : -blocks.tail], v[:, :, : -blocks.tail]
         bias = None if bias is None else bias[:, : -blocks.tail]
-    out, lse = _attend(q, k, v, bias, scale)
-    results[0].flatten(0, 2)[units] = out[:, 0]
-    results[1].flatten(0, 2)[units] = lse[:, 0]
+    return _attend(q, k, v, bias, scale)
 
 
-def _is_fused(q: Tensor) -> bool:
+def _is_fused(q: Tensor, bias: Tensor | None) -> bool:
     """Whether `_attend` runs a fused kernel, or else holds the scores in memory."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.device.type == "cpu" or (q.device.type == "cuda" and half and q.shape[-1] % 8 == 0)
+    if q.device.type == "cpu":
+        return True
+    # On ROCm the memory-efficient kernel is not in every build; with a bias it has alignment rules.
+    cuda = q.device.type == "cuda" and torch.version.hip is None
+    return cuda and bias is None and q.dtype != torch.float32 and q.shape[-1] % 8 == 0
 
 
 def _attend(
@@ -172,19 +183,17 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Dense attention, q `[N, H, M, D]`, k and v `[N, H, K, D]`, bias `[N, K]`; out and lse."""
     additive = None if bias is None else bias[:, None, None]
-    if not _is_fused(q):
+    if not _is_fused(q, bias):
         out, lse = _attend_unfused(q, k, v, additive, scale)
     elif q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=additive, scale=scale
         )
-    elif bias is None:
+    else:
         out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
             q, k, v, None, True, scale=scale
         )
         lse = lse[..., : q.shape[2]]
-    else:
-        out, lse = _attend_unfused(q, k, v, additive, scale)
     if bias is not None:
         empty = bias.isinf().all(-1)[:, None, None]
         out = out.masked_fill(empty[..., None], 0)

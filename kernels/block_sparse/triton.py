@@ -193,13 +193,15 @@ def forward(
 
 def choose_tile(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tile:
     """The tile, and with it the path (descriptors or pointers), that `forward` takes."""
-    return tile_for(
-        architecture(q.device),
-        _width(q.shape[-1]),
-        q.dtype.itemsize,
-        (mask.block_q, mask.block_k),
-        why_pointers(q, k, v, mask) is None,
-    )
+    descriptors = why_pointers(q, k, v, mask) is None
+    return tile_of(q, mask, descriptors)
+
+
+def tile_of(q: Tensor, mask: BlockMask, descriptors: bool) -> Tile:
+    """The tile for this `q` with or without descriptors."""
+    blocks = (mask.block_q, mask.block_k)
+    width = _width(q.shape[-1])
+    return tile_for(architecture(q.device), width, q.dtype.itemsize, blocks, descriptors)
 
 
 def why_pointers(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:

@@ -1,4 +1,5 @@
-"""Triton 3.6's interpreter turns arrays of one element into loop bounds, which NumPy 2.4 refuses."""
+"""Lets Triton 3.6's interpreter run with NumPy 2.4, which no longer makes an integer of an array of
+one element, as the interpreter does for the bounds of loops."""
 
 import torch
 
