@@ -123,6 +123,15 @@ def geometry_of(pipe) -> Geometry | None:
     return _geometry(pipe.vae.config, transformer.config)
 
 
+def smallest_size(pipe) -> dict[str, int]:
+    """Arguments of the pipeline's call that make a very small video; none where its configuration
+    does not say what it can be."""
+    unit = geometry_of(pipe)
+    if unit is None:
+        return {}
+    return {"height": 2 * unit.height, "width": 2 * unit.width, "num_frames": unit.frames + 1}
+
+
 def check_size(
     geometry: Geometry, size: tuple[int, int] | None, num_frames: int | None = None
 ) -> None:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
-from vdit_sparse.app.checks import check_before_loading, read_image
+from vdit_sparse.app.checks import check_before_loading, read_image, smallest_size
 from vdit_sparse.app.denoise import execution_device, run, warm_up
 from vdit_sparse.app.environment import commit, machine, versions
 from vdit_sparse.app.loading import call_inputs, load, settings_of, takes_encoded_text
@@ -79,12 +79,10 @@ class _Session:
         def on_step(done: int, total: int) -> None:
             self.progress(name, done, total)
 
-        cold = self.request.compile or execution_device(self.pipe).type == "cuda"
-        warmup_steps = 0
-        if cold:
-            self.progress(f"{name}: warming up", 0, None)
-            warmup_steps = warm_up(self.pipe, choice, self.inputs)
-            self.progress(f"{name}: warming up", 1, 1)
+        self.progress(f"{name}: warming up", 0, None)
+        small = {} if needs_full_warm_up(self.pipe, self.request) else smallest_size(self.pipe)
+        warmup_steps = warm_up(self.pipe, choice, {**self.inputs, **small})
+        self.progress(f"{name}: warming up", 1, 1)
         on_step(0, self.inputs["num_inference_steps"])
         clip = run(self.pipe, choice, self.inputs, on_step)
         reference = next((other for other in self.report.runs if other.reference), None)
@@ -120,6 +118,12 @@ class _Session:
             report.files.append("side_by_side.mp4")
 
 
+def needs_full_warm_up(pipe, request: Request) -> bool:
+    """Whether kernels are made for the very size. Elsewhere a small video does: what a first call
+    costs on a CPU, such as imports, which can be seconds, is the same for any size."""
+    return request.compile or execution_device(pipe).type == "cuda"
+
+
 def _named(runs: Iterable[RunChoice]) -> list[tuple[str, RunChoice]]:
     """The runs, dense ones first, each with a name of its own: radial, radial-2, ..."""
     named = {}
@@ -148,6 +152,7 @@ def _facts(pipe, request: Request, settings: dict) -> dict:
             **{name: options[name] for name in kept},
             "image": None if request.image is None else str(request.image),
             "text_encoded_once": takes_encoded_text(pipe),
+            "warmup_at_full_size": needs_full_warm_up(pipe, request),
         },
         "versions": versions(),
         "commit": commit(),

@@ -25,7 +25,9 @@ def load(request: Request):
     from_image = request.image is not None
     try:
         pipe = load_pipeline(request.model, dtype=dtype, device=home, image_to_video=from_image)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if not _is_of_the_source(error):
+            raise
         raise InputError(_load_error(request.model, error)) from error
     pipe.set_progress_bar_config(disable=True)
     check_after_loading(pipe, request)
@@ -81,6 +83,12 @@ def takes_encoded_text(pipe) -> bool:
     return names == {"prompt_embeds", "negative_prompt_embeds"}
 
 
+def _is_of_the_source(error: Exception) -> bool:
+    """Whether an error comes from the files or the network, and not from a mistake of ours."""
+    network = type(error).__module__.split(".")[0] in ("httpx", "requests", "huggingface_hub")
+    return network or isinstance(error, OSError | ValueError)
+
+
 def _load_error(model: str | None, error: Exception) -> str:
     """One line about a model that could not be loaded."""
     said = " ".join(str(error).split())[:300] or type(error).__name__
@@ -100,9 +108,12 @@ def _load_loras(pipe, loras: Sequence[tuple[str, float]]) -> None:
         names.append(f"lora_{number}")
         try:
             pipe.load_lora_weights(source, adapter_name=names[-1])
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            said = " ".join(str(error).split())[:300]
-            raise InputError(f"Cannot load the LoRA {source}: {said}") from error
+        except Exception as error:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise InputError(
+                f"Cannot load the LoRA {source}: check that it is of this model, its name and your "
+                f"network ({said})"
+            ) from error
     if names:
         pipe.set_adapters(names, [weight for _, weight in loras])
 
