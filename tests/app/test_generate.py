@@ -147,7 +147,9 @@ def test_a_warm_up_changes_nothing(experts, settings, steps, device):
     assert warm_up(pipe, choice, inputs) == steps
     assert warm_up(pipe, choice, {**inputs, **smallest_size(pipe)}) == steps
     warm = run(pipe, choice, inputs, lambda *_: None)
-    assert torch.equal(cold.frames, warm.frames) and cold.density == warm.density
+    # Convolutions on a GPU may round differently from call to call.
+    difference = (cold.frames.int() - warm.frames.int()).abs().max()
+    assert difference <= (0 if device.type == "cpu" else 1) and cold.density == warm.density
     assert done[:3] == [(1, 3), (2, 3), (3, 3)]
 
 
