@@ -1,10 +1,20 @@
 """A tiny random model in a folder, as a user would have it."""
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests.tiny_models import tiny_wan, tiny_wan_i2v
 from vdit_sparse.app.cli import app
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """Threads that wait for each other make tiny models many times slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
