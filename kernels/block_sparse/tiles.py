@@ -33,11 +33,11 @@ TILES = {
     ("sm_80", 64, 128): Tile(128, 64, 8, 3),
     ("sm_80", 64, 64): Tile(64, 64, 4, 3),
     ("sm_80", 128, 128): Tile(128, 64, 8, 3),
-    ("sm_80", 128, 64): Tile(64, 64, 4, 2),
+    ("sm_80", 128, 64): Tile(64, 32, 4, 3),
     ("sm_89", 64, 128): Tile(128, 64, 8, 2),
     ("sm_89", 64, 64): Tile(64, 64, 4, 2),
     ("sm_89", 128, 128): Tile(128, 64, 8, 2),
-    ("sm_89", 128, 64): Tile(64, 64, 4, 2),
+    ("sm_89", 128, 64): Tile(64, 32, 4, 2),
     ("sm_90", 64, 128): Tile(64, 128, 4, 3, descriptors=True),
     ("sm_90", 64, 64): Tile(64, 128, 4, 3, descriptors=True),
     ("sm_90", 128, 128): Tile(128, 64, 8, 2, descriptors=True, registers=128),
@@ -49,16 +49,17 @@ TILES = {
     ("sm_120", 64, 128): Tile(128, 64, 8, 2),
     ("sm_120", 64, 64): Tile(64, 64, 4, 2),
     ("sm_120", 128, 128): Tile(128, 64, 8, 2),
-    ("sm_120", 128, 64): Tile(64, 64, 4, 2),
+    ("sm_120", 128, 64): Tile(64, 32, 4, 2),
     ("gfx942", 64, 128): Tile(128, 64, 4, 2),
     ("gfx942", 64, 64): Tile(64, 64, 4, 2),
     ("gfx942", 128, 128): Tile(128, 64, 4, 1),
     ("gfx942", 128, 64): Tile(64, 64, 4, 1),
 }
-# (D rounded up, bytes of the dtype) -> tile that fits every architecture.
+# (D rounded up, bytes of the dtype) -> tile that fits every architecture. Four bytes are multiplied
+# exactly, without matrix instructions: slow, for tests and comparisons.
 SMALL_TILES = {
     (256, 2): Tile(64, 32, 8, 2),
-    (64, 4): Tile(64, 32, 4, 2),
+    (64, 4): Tile(32, 32, 8, 2),
     (128, 4): Tile(32, 32, 8, 2),
     (256, 4): Tile(32, 32, 8, 1),
 }
