@@ -178,3 +178,20 @@ def test_load_pipeline_refuses_what_it_cannot_run(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
     with pytest.raises(ValueError, match="SanaPipeline, which is not supported"):
         load_pipeline(tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "gather"])
+def test_compiled_sparse_blocks_on_a_gpu(backend):
+    pipe = tiny_wan(layers=4, head_dim=64).to("cuda")
+    stock = run(pipe, WAN_CALL)
+    method = RadialAttention(block=64, decay=1e9, decimate=False, backend=backend)
+    apply(pipe, method, timed=True)
+    eager = run(pipe, WAN_CALL)
+    # Dense fp32 attention may multiply in tf32, whatever the kernel does.
+    torch.testing.assert_close(eager, stock, atol=5e-3, rtol=0)
+    torch._dynamo.reset()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    torch.testing.assert_close(run(pipe, WAN_CALL), eager, atol=5e-3, rtol=0)
+    assert summary(pipe).backend == backend and summary(pipe).milliseconds > 0
+    torch._dynamo.reset()
