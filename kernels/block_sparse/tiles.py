@@ -40,7 +40,7 @@ TILES = {
     ("sm_89", 128, 64): Tile(64, 32, 4, 2),
     ("sm_90", 64, 128): Tile(64, 128, 4, 3, descriptors=True),
     ("sm_90", 64, 64): Tile(64, 128, 4, 3, descriptors=True),
-    ("sm_90", 128, 128): Tile(128, 64, 8, 2, descriptors=True, registers=128),
+    ("sm_90", 128, 128): Tile(128, 64, 4, 2, descriptors=True),
     ("sm_90", 128, 64): Tile(64, 64, 4, 2, descriptors=True),
     ("sm_100", 64, 128): Tile(128, 64, 4, 3, descriptors=True),
     ("sm_100", 64, 64): Tile(64, 64, 4, 3, descriptors=True),

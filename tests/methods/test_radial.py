@@ -170,7 +170,8 @@ def test_sparse_output_equals_dense_attention_with_the_expanded_mask(grid, block
     assert not visible.all()
     mask = method.plan(q, k, Call(grid, 0, 1, 0, None, {})).mask
     out, _ = block_sparse_attention(q, k, v, mask, backend=backend)
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    exact = [x.double() for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=visible).float()
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
