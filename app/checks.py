@@ -170,8 +170,6 @@ def check_after_loading(pipe, request: Request) -> None:
                 f"Preset {choice.preset!r} is of another model; this one has: {', '.join(presets)}."
             )
     takes_image = "image" in call_parameters(pipe)
-    if request.image is not None and not (takes_image and _has_image_channels(pipe, transformer)):
-        raise InputError("This model makes videos from text only: leave --image out.")
     if takes_image and request.image is None:
         raise InputError("This model makes videos from images: give one with --image FILE.")
 
@@ -187,13 +185,6 @@ def bundled_model() -> Path:
 
     homes = [Path(home) / "pipelines" / "mini" for home in vdit_sparse.__path__]
     return next((home for home in homes if home.is_dir()), homes[0])
-
-
-def _has_image_channels(pipe, transformer) -> bool:
-    """Whether the image can reach the transformer: in channels of its own (Wan 2.1 and 2.2 I2V), or
-    as the first latent frame (Wan 2.2 TI2V). A text-to-video checkpoint loads either way."""
-    config = transformer.config
-    return config.in_channels != config.out_channels or pipe.config.get("expand_timesteps", False)
 
 
 def _geometry(vae: Mapping, transformer: Mapping) -> Geometry | None:

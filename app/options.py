@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from vdit_sparse.kernels.block_sparse import BACKENDS, PRECISIONS
 from vdit_sparse.method import SparseAttention
 from vdit_sparse.methods import METHODS
 
@@ -223,13 +222,9 @@ def _with_settings(
             )
         values[field] = parse_field(kind, field, text)
     try:
-        method = kind(**values) if base is None else dataclasses.replace(base, **values)
+        return kind(**values) if base is None else dataclasses.replace(base, **values)
     except (ValueError, TypeError) as error:
         raise InputError(f"Method {name}: {error}") from error
-    for field, choices in (("backend", BACKENDS), ("precision", PRECISIONS)):
-        if getattr(method, field) not in (None, *choices):
-            parse_choice(f"Method {name}: {field}", getattr(method, field), choices)
-    return method
 
 
 _NO = object()

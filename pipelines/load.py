@@ -14,7 +14,7 @@ PIPELINES = {
     "WanImageToVideoPipeline": "vdit_sparse.pipelines.wan",
     "WanPipeline": "vdit_sparse.pipelines.wan",
 }
-# The same checkpoint (Wan 2.2 TI2V-5B) also makes videos from images.
+# Checkpoints of the first class that expand timesteps (Wan 2.2 TI2V-5B) also take an image.
 FROM_IMAGE = {"WanPipeline": "WanImageToVideoPipeline"}
 
 
@@ -66,9 +66,12 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def _pipeline_class(source: str | Path, image_to_video: bool) -> type[DiffusionPipeline]:
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
         raise FileNotFoundError(f"{source} is not a diffusers model: it has no model_index.json.")
-    name = DiffusionPipeline.load_config(source)["_class_name"]
-    if image_to_video:
-        name = FROM_IMAGE.get(name, name)
+    config = DiffusionPipeline.load_config(source)
+    name = config["_class_name"]
+    if image_to_video and name in FROM_IMAGE:
+        if not config.get("expand_timesteps"):
+            raise ValueError(f"{source} makes videos from text only: leave the image out.")
+        name = FROM_IMAGE[name]
     if name not in PIPELINES:
         raise ValueError(
             f"{source} is a {name}, which is not supported; supported: {', '.join(PIPELINES)}."

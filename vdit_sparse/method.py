@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_mask import BLOCK_SIZES, BlockMask
-from vdit_sparse.kernels.block_sparse import block_sparse_attention
+from vdit_sparse.kernels.block_sparse import BACKENDS, PRECISIONS, block_sparse_attention
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -79,6 +79,12 @@ class SparseAttention(ABC):
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}.")
         if self.block not in BLOCK_SIZES:
             raise ValueError(f"block must be one of {BLOCK_SIZES} tokens, got {self.block!r}.")
+        if self.backend is not None and self.backend not in BACKENDS:
+            names = ", ".join(BACKENDS)
+            raise ValueError(f"backend must be None or one of {names}, got {self.backend!r}.")
+        if self.precision not in PRECISIONS:
+            names = ", ".join(PRECISIONS)
+            raise ValueError(f"precision must be one of {names}, got {self.precision!r}.")
         if isinstance(self.refresh, list):
             object.__setattr__(self, "refresh", tuple(self.refresh))
         if not _is_refresh(self.refresh):

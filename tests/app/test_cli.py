@@ -28,7 +28,7 @@ BAD = {
     "field": ({"set": "dekay=1"}, "did you mean 'decay'"),
     "value": ({"set": "decay=much"}, "decay must be a number"),
     "range": ({"set": "decay=-1"}, "above 0"),
-    "kernel": ({"set": "backend=tritn"}, "did you mean 'triton'"),
+    "kernel": ({"set": "backend=tritn"}, "one of triton.*got 'tritn'"),
     "preset": ({"preset": "radial-wan3"}, "no preset 'radial-wan3'"),
     "compare": ({"compare": "nothing"}, "--compare needs a method or preset"),
     "steps": ({"steps": 0}, "--steps must be at least 1, got 0"),
@@ -54,7 +54,7 @@ BAD = {
     "no folder": ({"model": "/no/such/model"}, "no model folder /no/such/model"),
     "no model": ({"model": "{tmp}"}, "no model_index.json"),
     "no network": ({"model": "no-such/model"}, "from the Hugging Face Hub.*network"),
-    "superfluous image": ({"model": "{model}", "image": "{tmp}/ok.png"}, "leave --image out"),
+    "superfluous image": ({"model": "{model}", "image": "{tmp}/ok.png"}, "leave the image out"),
     "missing image": ({"model": "{image_model}"}, "give one with --image"),
     "unknown option": ({"stps": 3}, "No such option: --stps"),
 }

@@ -105,7 +105,7 @@ def test_a_preset_can_be_changed():
         (("radial", ["decay"]), "field=value, got 'decay'"),
         (("radial", ["decay=-1"]), "decay must be .*above 0"),
         (("radial", ["block=96"]), "block must be one of"),
-        (("radial", ["backend=trition"]), "one of triton.*did you mean 'triton'"),
+        (("radial", ["backend=trition"]), "one of triton.*got 'trition'"),
         (("dense", ["decay=1"]), "dense has no fields"),
         ((None, [], "radial-wan2.3"), "no preset 'radial-wan2.3' .did you mean 'radial-wan2"),
         (("dense", [], "radial-wan2.1"), "is of --method radial"),

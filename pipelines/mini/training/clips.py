@@ -2,26 +2,19 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vdit_sparse.pipelines.mini.training.captions import Spec
 from vdit_sparse.pipelines.mini.training.pacing import report
 from vdit_sparse.pipelines.mini.training.video import ProceduralVideo
-from vdit_sparse.pipelines.mini.training.vocabulary import DEFAULT_NAMES
 
 # First seeds of the generator's batches: every use has its own million, so none sees another's.
 SEEDS = {"held_out": 0, "autoencoder": 1_000_000, "denoiser": 2_000_000}
 
 # The generator draws all clips of one place together, so that large batches need fewer launches.
 _BATCH_BYTES = {"cuda": 3 * 2**31, "cpu": 2**26}
-
-
-# Difference in [-1, 1] of a colour that counts as seen.
-VISIBLE = 0.08
 
 
 @dataclass(frozen=True)
@@ -56,38 +49,21 @@ class Limit:
     seconds: float = float("inf")
 
 
-@dataclass(frozen=True)
-class Content:
-    """What is in the clips.
+def render(shape: ClipShape, limit: Limit, seed: int) -> Iterator[tuple[Tensor, list[str]]]:
+    """Yields batches of `(video [batch, 3, frames, height, width] float32, captions)`.
 
-    Attributes:
-        names: the things to choose from.
-        find_things: also say where the things are.
-    """
-
-    names: tuple[str, ...] = DEFAULT_NAMES
-    find_things: bool = False
-
-
-def render(
-    shape: ClipShape, limit: Limit, seed: int, content: Content | None = None
-) -> Iterator[tuple[Tensor, list[str], Tensor | None]]:
-    """Yields batches of `(video [batch, 3, frames, height, width] float32, captions, things)`.
-
-    `things` is None, or what `find_things` returns if the content asks for it. At least one batch
-    comes, however short the time. The last batch is cut to `limit.clips`.
+    At least one batch comes, however short the time. The last batch is cut to `limit.clips`.
     """
     clip_bytes = 12 * shape.frames * shape.height * shape.width
     batch = max(1, _BATCH_BYTES.get(torch.device(shape.device).type, 2**28) // clip_bytes)
     generator = ProceduralVideo(
         device=shape.device, height=shape.height, width=shape.width, frames=shape.frames
     )
-    content = content or Content()
     start, done = time.perf_counter(), 0
     while not done or (done < limit.clips and time.perf_counter() - start < limit.seconds):
         count = min(batch, limit.clips - done)
-        video, captions, specs = generator.batch(count, seed, content.names)
-        yield video, captions, find_things(generator, video, specs) if content.find_things else None
+        video, captions, _ = generator.batch(count, seed)
+        yield video, captions
         if shape.device.startswith("cuda"):
             # Without this the clock would only time the queueing of kernels.
             torch.cuda.synchronize()
@@ -97,31 +73,10 @@ def render(
 def render_bytes(shape: ClipShape, limit: Limit, seed: int) -> Tensor:
     """Returns rendered clips `[clips, 3, frames, height, width]` as uint8, 0 to 255."""
     start = time.perf_counter()
-    clips = torch.cat([to_bytes(video) for video, *_ in render(shape, limit, seed)])
+    clips = torch.cat([to_bytes(video) for video, _ in render(shape, limit, seed)])
     seconds = time.perf_counter() - start
     report(f"rendered {tuple(clips.shape)} in {seconds:.1f} s, {len(clips) / seconds:.0f} clips/s")
     return clips
-
-
-def find_things(generator: ProceduralVideo, video: Tensor, specs: list[Spec]) -> Tensor:
-    """Returns the share of each latent's pixels that show a thing or its shadow.
-
-    The clip is drawn again without its things: where the pictures differ, there is one.
-
-    Args:
-        generator: that drew the clips.
-        video: `[clips, 3, 4 k + 1, height, width]` in [-1, 1].
-        specs: of the clips.
-
-    Returns:
-        `[clips, 1, k + 1, height / 8, width / 8]` float32, 0 to 1.
-    """
-    empty = generator.render([replace(spec, items=()) for spec in specs])
-    differs = ((video - empty).abs().amax(dim=1, keepdim=True) > VISIBLE).float()
-    differs = F.avg_pool3d(differs, (1, 8, 8))
-    # A latent is the first frame, or four later ones.
-    later = F.max_pool3d(differs[:, :, 1:], (4, 1, 1))
-    return torch.cat([differs[:, :, :1], later], dim=2)
 
 
 def to_bytes(video: Tensor) -> Tensor:

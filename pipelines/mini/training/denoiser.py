@@ -17,7 +17,7 @@ from vdit_sparse.pipelines.mini.training.checkpoints import (
     load_autoencoder,
     load_tokenizer,
 )
-from vdit_sparse.pipelines.mini.training.clips import SEEDS, ClipShape, Content, Limit
+from vdit_sparse.pipelines.mini.training.clips import SEEDS, ClipShape, Limit
 from vdit_sparse.pipelines.mini.training.latents import LatentSet, cache_latents
 from vdit_sparse.pipelines.mini.training.models import (
     HEAD_DIM,
@@ -26,7 +26,6 @@ from vdit_sparse.pipelines.mini.training.models import (
     build_transformer,
 )
 from vdit_sparse.pipelines.mini.training.pacing import Average, Meter, Optimizers, Pace, report
-from vdit_sparse.pipelines.mini.training.vocabulary import VOCABULARIES
 
 DROP_CAPTION = 0.1
 PAD_LENGTHS, PAD_SHARES = (64, 128, 226, 512), (0.7, 0.1, 0.1, 0.1)
@@ -49,10 +48,6 @@ class DenoiserSettings:
         peak: largest learning-rate factor.
         final: learning-rate factor at the end.
         compiled: compile the transformer's blocks.
-        vocabulary: "default", or "small" for the fewer things of a short training.
-        seed_offset: added to the seed of the clips, so that a later stage sees new ones.
-        emphasis: places with a thing weigh up to `1 + emphasis` in the loss; falls to 0 with time,
-            so that in the end the loss is the plain one.
         attention: diffusers' backend for self-attention, or "fastest" to time them first.
     """
 
@@ -65,9 +60,6 @@ class DenoiserSettings:
     peak: float = 1.0
     final: float = 0.02
     compiled: bool = True
-    vocabulary: str = "default"
-    emphasis: float = 0.0
-    seed_offset: int = 0
     attention: str = "fastest"
 
 
@@ -131,11 +123,10 @@ def train_denoiser(
     )
     meter, dice, first = Meter("denoiser", shape.device), random.Random(step), step
     while pace.fraction() < 1 or step == first:
-        latents, tokens, things = _next_batch(sets, settings, dice, pace.fraction())
-        weight = 1 + settings.emphasis * (1 - pace.fraction()) * things
+        latents, tokens = _next_batch(sets, settings, dice, pace.fraction())
         (pad_length,) = dice.choices(PAD_LENGTHS, PAD_SHARES)
         with mixed_precision(shape.device):
-            loss = flow_loss(model, (latents, weight), tokens, (settings.shift, pad_length))
+            loss = flow_loss(model, latents, tokens, (settings.shift, pad_length))
         optimizers.step(loss, pace.factor(step - first))
         average.update(model, step)
         step += 1
@@ -146,28 +137,26 @@ def train_denoiser(
 
 
 def flow_loss(
-    model: Denoiser, data: tuple[Tensor, Tensor], tokens: Tensor, setting: tuple[float, int]
+    model: Denoiser, latents: Tensor, tokens: Tensor, setting: tuple[float, int]
 ) -> Tensor:
-    """Returns the weighted mean squared error of the predicted velocity.
+    """Returns the mean squared error of the predicted velocity (rectified flow, arXiv 2209.03003).
 
-    This is rectified flow (arXiv 2209.03003). The noise level is logit-normal (arXiv 2403.03206,
-    equation 19), then shifted as the sampler shifts it (equation 23).
+    The noise level is logit-normal (arXiv 2403.03206, equation 19), then shifted as the sampler
+    shifts it (equation 23).
 
     Args:
         model: the denoiser.
-        data: latents `[batch, channels, frames, height, width]` float32, normalised, and the weight
-            of each place `[batch, 1, frames, height, width]`.
+        latents: `[batch, channels, frames, height, width]` float32, normalised.
         tokens: `[batch, 64]`.
         setting: the shift of the noise level, and the padded length of the text.
     """
-    (latents, weight), (shift, pad_length) = data, setting
+    shift, pad_length = setting
     sigma = torch.sigmoid(torch.randn(len(latents), device=latents.device))
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     noise = torch.randn_like(latents)
     noisy = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1, 1))
     velocity = model(noisy, sigma, tokens, pad_length)
-    error = (velocity.float() - (noise - latents)).square().mean(dim=1, keepdim=True)
-    return (weight * error).mean() / weight.mean()
+    return F.mse_loss(velocity.float(), noise - latents)
 
 
 def compile_blocks(transformer: WanTransformer3DModel, **options: object) -> None:
@@ -208,19 +197,18 @@ def _latent_sets(
     share = 0.88 if settings.long_clips else 1.0
     limit = Limit(settings.clips, settings.render_seconds * share)
     # Every resolution gets its own clips: two stages then see more of them than one.
-    seed = SEEDS["denoiser"] + 1000 * shape.height + settings.seed_offset
-    content = Content(VOCABULARIES[settings.vocabulary], settings.emphasis > 0)
-    sets = [cache_latents(vae, tokenizer, shape, limit, (seed, content))]
+    seed = SEEDS["denoiser"] + 1000 * shape.height
+    sets = [cache_latents(vae, tokenizer, shape, limit, seed)]
     if settings.long_clips:
         long = ClipShape(shape.height, shape.width, 2 * shape.frames - 1, shape.device)
         limit = Limit(settings.long_clips, settings.render_seconds * (1 - share))
-        sets.append(cache_latents(vae, tokenizer, long, limit, (seed + 500_000, content)))
+        sets.append(cache_latents(vae, tokenizer, long, limit, seed + 500_000))
     return sets
 
 
 def _next_batch(
     sets: list[LatentSet], settings: DenoiserSettings, dice: random.Random, fraction: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     if len(sets) > 1 and fraction > LONG_FROM and dice.random() < LONG_SHARE:
         return sets[1].draw(max(1, settings.batch * 3 // 8), DROP_CAPTION)
     return sets[0].draw(settings.batch, DROP_CAPTION)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from vdit_sparse.pipelines.mini.training.autoencoder import mixed_precision
-from vdit_sparse.pipelines.mini.training.clips import ClipShape, Content, Limit, render
+from vdit_sparse.pipelines.mini.training.clips import ClipShape, Limit, render
 from vdit_sparse.pipelines.mini.training.pacing import report
 from vdit_sparse.pipelines.mini.training.whole_clip import WholeClip
 
@@ -25,17 +25,15 @@ class LatentSet:
     Attributes:
         latents: `[clips, channels, frames, height, width]` fp16, normalised per channel.
         tokens: `[clips, 64]` int64 caption tokens, padded with 0.
-        things: `[clips, 1, frames, height, width]` fp16, share of a latent's pixels with a thing.
         empty: `[64]` int64, the tokens of the empty caption.
     """
 
     latents: Tensor
     tokens: Tensor
-    things: Tensor
     empty: Tensor
 
-    def draw(self, count: int, drop_caption: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns random float32 latents, tokens (some captions emptied) and things, no sync.
+    def draw(self, count: int, drop_caption: float) -> tuple[Tensor, Tensor]:
+        """Returns random float32 latents and their tokens, some captions emptied, without a sync.
 
         Args:
             count: clips, drawn with replacement.
@@ -45,7 +43,7 @@ class LatentSet:
         chosen = torch.randint(len(self.latents), (count,), device=device)
         dropped = torch.rand(count, 1, device=device) < drop_caption
         tokens = torch.where(dropped, self.empty, self.tokens[chosen])
-        return self.latents[chosen].float(), tokens, self.things[chosen].float()
+        return self.latents[chosen].float(), tokens
 
 
 @torch.no_grad()
@@ -54,7 +52,7 @@ def cache_latents(
     tokenizer: PreTrainedTokenizerFast,
     shape: ClipShape,
     limit: Limit,
-    start: tuple[int, Content],
+    seed: int,
 ) -> LatentSet:
     """Renders and encodes clips until the limit.
 
@@ -63,29 +61,28 @@ def cache_latents(
         tokenizer: pads to 64 tokens.
         shape: of the clips.
         limit: clips and seconds.
-        start: seed of the first batch, and what the clips show.
+        seed: of the first batch.
     """
-    (seed, content), begin = start, time.perf_counter()
+    start = time.perf_counter()
     mean, std = (
         torch.tensor(values, device=shape.device).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    clip, latents, captions, places = WholeClip(vae), [], [], []
+    clip, latents, captions = WholeClip(vae), [], []
     batch = max(1, min(64, _PIXELS_AT_ONCE // (shape.height * shape.width * shape.frames)))
-    for video, texts, things in render(shape, limit, seed, content):
+    for video, texts in render(shape, limit, seed):
         for part in video.split(batch):
             with mixed_precision(shape.device):
                 posterior_mean = clip.encode(part).float().chunk(2, dim=1)[0]
             latents.append(((posterior_mean - mean) / std).half())
         captions += texts
-        places.append(torch.zeros_like(latents[-1][:, :1]) if things is None else things.half())
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     latents = torch.cat(latents)
     report(
         f"latents {tuple(latents.shape)} in {seconds:.1f} s, {len(captions) / seconds:.0f} clips/s"
     )
     tokens = tokenise(tokenizer, [*captions, ""]).to(shape.device)
-    return LatentSet(latents, tokens[:-1], torch.cat(places), tokens[-1])
+    return LatentSet(latents, tokens[:-1], tokens[-1])
 
 
 def tokenise(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Tensor:

@@ -47,16 +47,6 @@ DEFAULT_SPRITES = (
 
 DEFAULT_NAMES = DEFAULT_SPRITES + SHAPES
 
-SMALL_NAMES = (
-    "dog", "cat", "horse", "elephant", "turtle", "fish", "whale", "penguin", "butterfly",
-    "ladybug", "fox", "panda", "frog", "car", "bus", "rocket", "airplane", "sailboat", "ufo",
-    "balloon", "apple", "banana", "pumpkin", "soccer ball", "star", "umbrella", "robot", "ghost",
-    "snowman", "heart", *SHAPES,
-)  # fmt: skip
-"""The 36 things that differ most, for the last minutes of a short training."""
-
-VOCABULARIES = {"default": DEFAULT_NAMES, "small": SMALL_NAMES}
-
 PLURALS = {
     "fish": "fish", "butterfly": "butterflies", "cactus": "cacti", "bus": "buses", "fox": "foxes",
     "box": "boxes", "octopus": "octopuses", "dice": "dice", "strawberry": "strawberries",
