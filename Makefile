@@ -17,7 +17,8 @@ generate: $(READY)
 	  --out "$(OUT)" --overwrite
 
 test: style
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile --durations 10
+# One thread a process: two processes with two threads each would wait for one another.
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --durations 10
 
 style: $(READY)
 	$(BIN)/ruff check .
