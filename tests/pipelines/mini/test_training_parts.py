@@ -23,6 +23,27 @@ from vdit_sparse.pipelines.mini.training.pacing import Average, Optimizers, Pace
 from vdit_sparse.pipelines.mini.training.whole_clip import WholeClip
 
 SHAPE = ClipShape(32, 64, 5, "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These tensors are tiny: threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def randomise(module, std=0.1):
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return module
+
+
+def test_the_released_model_fits_its_budget():
+    parts = (build_autoencoder, build_transformer, build_text_encoder)
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in build(RELEASED).parameters()) for build in parts]
     assert 15e6 < sizes[1] < 23e6
     assert 2 * sum(sizes) < 62.5e6  # bytes in bf16; 64 MB with tokenizer, sprites and code
 
