@@ -70,8 +70,9 @@ PRESETS = {
     "radial-wan2.1-4step": RadialAttention(decay=0.2, dense_layers=1, dense_steps=1),
     # wan_22_t2v_inference.sh, 77 frames of 768x1280, 40 steps
     "radial-wan2.2": RadialAttention(decay=0.8, dense_layers=1, dense_steps=11, block=64),
-    # The bundled model, 16 steps: a dense quarter, as the authors advise; docs/performance.md.
-    "radial-mini": RadialAttention(dense_steps=4, block=64),
+    # The bundled model, 16 steps: a dense quarter, as the authors advise, then the sparsest mask
+    # that the rule has for seven frames of 448 tokens; docs/performance.md.
+    "radial-mini": RadialAttention(d1="half", sink_frames=0, dense_steps=4, block=64),
 }
 
 FAMILY = Family(WanSparseAttnProcessor, _layers, _grid, PRESETS)
