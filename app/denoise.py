@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vdit_sparse.app.checks import call_parameters
 from vdit_sparse.app.options import RunChoice
+from vdit_sparse.pipelines.families import DENOISERS
 
 OnStep = Callable[[int, int], None]
-DENOISERS = ("transformer", "transformer_2")
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ import torch
 from PIL import Image, ImageOps
 
 from vdit_sparse.app.checks import call_parameters, check_after_loading, check_device
-from vdit_sparse.app.denoise import DENOISERS
 from vdit_sparse.app.options import DTYPES, InputError
 from vdit_sparse.app.request import Request
+from vdit_sparse.pipelines.families import DENOISERS
 
 
 def load(request: Request):

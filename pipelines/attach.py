@@ -11,12 +11,11 @@ from diffusers.hooks import HookRegistry
 
 from vdit_sparse.method import SparseAttention
 from vdit_sparse.pipelines.clock import Clock
-from vdit_sparse.pipelines.families import family_of, preset
+from vdit_sparse.pipelines.families import DENOISERS, family_of, preset
 from vdit_sparse.pipelines.hook import Run, SparseAttnProcessor
 from vdit_sparse.pipelines.report import Summary, settle
 
 HOOK = "vdit_sparse"
-DENOISERS = ("transformer", "transformer_2")
 
 Target = DiffusionPipeline | torch.nn.Module
 
@@ -77,7 +76,7 @@ def summary(target: Target) -> Summary:
         return Summary(method="none: stock attention")
     methods = list(dict.fromkeys(str(run.method) for run in runs))
     latest = max(run.clock.run for run in runs)
-    entries = [settle(entry) for run in runs if run.run == latest for entry in run.entries]
+    entries = [settle(entry) for run in runs if run.clock_run == latest for entry in run.entries]
     backend, reasons = next((run.backend for run in runs if run.backend), (None, {}))
     return Summary(" / ".join(methods), tuple(entries), backend, reasons)
 

@@ -14,6 +14,9 @@ FAMILIES = {
     "WanTransformer3DModel": "vdit_sparse.pipelines.wan",
 }
 
+# Components of a pipeline that hold a transformer; Wan 2.2 has one for each noise range.
+DENOISERS = ("transformer", "transformer_2")
+
 
 @dataclass(frozen=True)
 class Family:

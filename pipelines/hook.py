@@ -57,7 +57,7 @@ class Run(ModelHook):
         self.backend: tuple[str, dict[str, str | None]] | None = None
         self._place: Place | None = None
         self._memory: dict[tuple[str, int], dict] = {}
-        self.run = 0
+        self.clock_run = 0
 
     def use(self, method: SparseAttention, timed: bool) -> None:
         """Takes a method; forgets everything about earlier runs."""
@@ -74,8 +74,8 @@ class Run(ModelHook):
         timestep = given.arguments["timestep"]
         self.clock.check(grid)
         branch = self.clock.tick(self.expert, self.context._context, timestep)
-        if self.run != self.clock.run:
-            self.run = self.clock.run
+        if self.clock_run != self.clock.run:
+            self.clock_run = self.clock.run
             self._memory.clear()
             self.entries, self.backend = [], None
         self._place = Place(grid, branch, self.clock.step, self.clock.steps)

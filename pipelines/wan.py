@@ -27,13 +27,21 @@ class WanSparseAttnProcessor(SparseAttnProcessor):
     ) -> Tensor:
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("Wan's self-attention takes neither encoder states nor a mask.")
-        query, key, value = _get_qkv_projections(attn, hidden_states, None)
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
-        if rotary_emb is not None:
-            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+        query, key, value = query_key_value(attn, hidden_states, rotary_emb)
         hidden_states = self.attend(query, key, value).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+def query_key_value(
+    attn: WanAttention, hidden_states: Tensor, rotary_emb: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys (after norm and RoPE) and values of a self-attention layer, `[B, S, H, D]`."""
+    query, key, value = _get_qkv_projections(attn, hidden_states, None)
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+    if rotary_emb is not None:
+        query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+    return query, key, value
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-PEAK = 255.0
+from vdit_sparse.eval.frames import PEAK, levels
+
 CAP = 100.0
 
 
@@ -25,23 +26,6 @@ def psnr_per_frame(video: Tensor, reference: Tensor) -> Tensor:
     Identical frames, whose ratio is infinite, count as 100 dB, and nothing counts as more.
     Arguments and errors are those of `psnr`.
     """
-    error = _levels(video, reference) - _levels(reference, video)
+    error = levels(video, reference).double() - levels(reference, video).double()
     mse = error.square().flatten(1).mean(1)
     return (10 * torch.log10(PEAK**2 / mse)).clamp(max=CAP)
-
-
-def _levels(video: Tensor, other: Tensor) -> Tensor:
-    """The 8-bit levels of a video, as float64."""
-    if video.ndim != 4 or video.shape != other.shape or video.numel() == 0:
-        raise ValueError(
-            "Expected a video and a reference of one shape [T, C, H, W], not empty, got "
-            f"{tuple(video.shape)} and {tuple(other.shape)}."
-        )
-    if video.dtype == torch.uint8:
-        return video.double()
-    if not video.is_floating_point() or not 0 <= video.min() <= video.max() <= 1:
-        raise ValueError(
-            f"Expected uint8 or float frames in [0, 1], got {video.dtype} from {video.min():.4g} "
-            f"to {video.max():.4g}."
-        )
-    return (video.double() * PEAK).round()

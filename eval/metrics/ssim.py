@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-PEAK = 255.0
+from vdit_sparse.eval.frames import PEAK, levels
+
 WINDOW = 11
 SIGMA = 1.5
 
@@ -30,7 +31,12 @@ def ssim_per_frame(video: Tensor, reference: Tensor) -> Tensor:
     Each channel is compared for itself. As in the authors' code and scikit-image, and unlike
     torchmetrics 1.9, no place counts where the window would reach over the border.
     """
-    frames = zip(_levels(video, reference), _levels(reference, video), strict=True)
+    frames = zip(levels(video, reference), levels(reference, video), strict=True)
+    if min(video.shape[-2:]) < WINDOW:
+        raise ValueError(
+            f"SSIM needs frames of at least {WINDOW} x {WINDOW} pixels, got "
+            f"{video.shape[-2]} x {video.shape[-1]}."
+        )
     # Frame by frame, which bounds the memory: the maps of a clip in fp64 are many gigabytes.
     return torch.stack([_ssim_map(x.double(), y.double()).mean() for x, y in frames])
 
@@ -57,25 +63,3 @@ def _blur(x: Tensor) -> Tensor:
             blurred.add_(x.narrow(axis, shift, places), alpha=weight)
         x = blurred
     return x
-
-
-def _levels(video: Tensor, other: Tensor) -> Tensor:
-    """The 8-bit levels of a video, as uint8."""
-    if video.ndim != 4 or video.shape != other.shape or video.numel() == 0:
-        raise ValueError(
-            "Expected a video and a reference of one shape [T, C, H, W], not empty, got "
-            f"{tuple(video.shape)} and {tuple(other.shape)}."
-        )
-    if min(video.shape[-2:]) < WINDOW:
-        raise ValueError(
-            f"SSIM needs frames of at least {WINDOW} x {WINDOW} pixels, got "
-            f"{video.shape[-2]} x {video.shape[-1]}."
-        )
-    if video.dtype == torch.uint8:
-        return video
-    if not video.is_floating_point() or not 0 <= video.min() <= video.max() <= 1:
-        raise ValueError(
-            f"Expected uint8 or float frames in [0, 1], got {video.dtype} from {video.min():.4g} "
-            f"to {video.max():.4g}."
-        )
-    return (video.double() * PEAK).round().to(torch.uint8)

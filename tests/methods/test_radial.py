@@ -7,25 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.methods.radial_cases import ODD_GRIDS, density
 from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_sparse import block_sparse_attention
 from vdit_sparse.method import Call
 from vdit_sparse.methods.radial import RadialAttention
-
-# Frames that are no multiple of the block, frames much smaller than it, images, text.
-ODD_GRIDS = [
-    Grid(1, 9, 13),
-    Grid(6, 4, 7),
-    Grid(40, 1, 5),
-    Grid(9, 9, 13, 17),
-    Grid(7, 16, 28),
-    Grid(12, 15, 20, 100),
-    Grid(20, 10, 13),
-]
-
-
-def density(keep):
-    return float(keep.double().mean())
 
 
 def test_released_rule_leaves_no_row_empty():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.methods.radial_cases import ODD_GRIDS, density
 from vdit_sparse.grid import Grid
 from vdit_sparse.methods.radial import RadialAttention
 
@@ -41,21 +42,6 @@ TABLE = {
     "toy-40": (Grid(40, 16, 16), {"decay": 1.0}, 2_612, 0.5919),
     "toy-40-no-sink": (Grid(40, 16, 32), {"decay": 0.5, "sink_frames": 0}, 10_068, 0.6067),
 }
-
-# Frames that are no multiple of the block, frames much smaller than it, images, text.
-ODD_GRIDS = [
-    Grid(1, 9, 13),
-    Grid(6, 4, 7),
-    Grid(40, 1, 5),
-    Grid(9, 9, 13, 17),
-    Grid(7, 16, 28),
-    Grid(12, 15, 20, 100),
-    Grid(20, 10, 13),
-]
-
-
-def density(keep):
-    return float(keep.double().mean())
 
 
 def token_band(method, grid, distance):

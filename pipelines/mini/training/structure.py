@@ -16,6 +16,7 @@ from torch import Tensor
 from vdit_sparse.pipelines.mini.training.clips import ClipShape
 from vdit_sparse.pipelines.mini.training.pacing import report
 from vdit_sparse.pipelines.mini.training.sample import Sampling, generate
+from vdit_sparse.pipelines.wan import query_key_value
 
 BLOCK = 64
 SHARES = (0.10, 0.25, 0.50)
@@ -68,36 +69,13 @@ class RecordingProcessor:
     ) -> Tensor:
         """Records if this step is wanted, then answers as the stock processor does."""
         if self.recorder.step is not None:
-            query, key = query_and_key(attn, hidden_states, rotary_emb)
+            query, key, _ = query_key_value(attn, hidden_states, rotary_emb)
             heads = [
                 best_block_mass(query[0, :, head], key[0, :, head]) for head in range(attn.heads)
             ]
             place = (self.recorder.step, self.layer)
             self.recorder.found.setdefault(place, []).append(torch.stack(heads).cpu())
         return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-
-
-def query_and_key(
-    attn: WanAttention, hidden: Tensor, rotary: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Returns queries and keys `[batch, tokens, heads, head_dim]` after norm and rotation."""
-    query = attn.norm_q(attn.to_q(hidden)).unflatten(2, (attn.heads, -1))
-    key = attn.norm_k(attn.to_k(hidden)).unflatten(2, (attn.heads, -1))
-    return rotate(query, *rotary), rotate(key, *rotary)
-
-
-def rotate(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turns every pair of neighbouring channels by its angle (rotary embedding, arXiv 2104.09864).
-
-    Args:
-        values: `[batch, tokens, heads, head_dim]`.
-        cosine: `[1, tokens, 1, head_dim]`, every angle's cosine twice.
-        sine: the same of sines.
-    """
-    even, odd = values.unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = cosine[..., 0::2], sine[..., 1::2]
-    turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
-    return turned.flatten(-2).type_as(values)
 
 
 @torch.no_grad()

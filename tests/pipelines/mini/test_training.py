@@ -7,6 +7,7 @@ import torch
 from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
+from tests.pipelines.mini.toys import SHAPE, randomise
 from vdit_sparse.pipelines.mini.training import train
 from vdit_sparse.pipelines.mini.training.attention_speed import fastest_attention
 from vdit_sparse.pipelines.mini.training.checkpoints import (
@@ -14,7 +15,6 @@ from vdit_sparse.pipelines.mini.training.checkpoints import (
     Checkpoints,
     load_tokenizer,
 )
-from vdit_sparse.pipelines.mini.training.clips import ClipShape
 from vdit_sparse.pipelines.mini.training.denoiser import Denoiser
 from vdit_sparse.pipelines.mini.training.models import (
     RELEASED,
@@ -27,27 +27,11 @@ from vdit_sparse.pipelines.mini.training.structure import (
     RecordingProcessor,
     best_block_mass,
     measure,
-    query_and_key,
     table,
 )
+from vdit_sparse.pipelines.wan import query_key_value
 
-SHAPE = ClipShape(32, 64, 5, "cpu")
 SIZE = ["--height", "32", "--width", "64", "--frames", "5", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are tiny: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def randomise(module, std=0.1):
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=std)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +138,8 @@ def test_recorded_queries_and_keys_are_those_of_the_stock_processor():
     attention = transformer.blocks[0].attn1
     hidden = torch.randn(1, 16, 64)
     rotary = transformer.rope(torch.randn(1, 8, 2, 4, 8))
-    query, key = (x.transpose(1, 2) for x in query_and_key(attention, hidden, rotary))
+    found = query_key_value(attention, hidden, rotary)[:2]
+    query, key = (x.transpose(1, 2) for x in found)
     value = attention.to_v(hidden).unflatten(2, (1, -1)).transpose(1, 2)
     output = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     expected = attention(hidden, None, None, rotary)

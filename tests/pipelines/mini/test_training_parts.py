@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from tests.pipelines.mini.toys import SHAPE, randomise
 from vdit_sparse.pipelines.mini.training.autoencoder import (
     frame_psnr,
     latent_statistics,
@@ -21,23 +22,6 @@ from vdit_sparse.pipelines.mini.training.models import (
 from vdit_sparse.pipelines.mini.training.muon import Muon, orthogonalise
 from vdit_sparse.pipelines.mini.training.pacing import Average, Optimizers, Pace
 from vdit_sparse.pipelines.mini.training.whole_clip import WholeClip
-
-SHAPE = ClipShape(32, 64, 5, "cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are tiny: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def randomise(module, std=0.1):
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=std)
-    return module
 
 
 def test_the_released_model_fits_its_budget():
