@@ -1,7 +1,9 @@
-"""What every backend of `block_sparse_attention` shares: where its results lie in memory."""
+"""What the kernels share: where tensors and results lie in memory."""
 
 import torch
 from torch import Tensor
+
+from vdit_sparse.kernels.block_sparse.tiles import architecture
 
 
 def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,3 +35,27 @@ def real_keys(
     if kv_len is not None:
         real = real & (slots < kv_len[:, None])
     return real
+
+
+def head_strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of B, H and S; those of dimensions of size 1 mean nothing and are replaced."""
+    dense = x.shape[3]
+    return tuple(s if n > 1 else dense for s, n in zip(x.stride()[:3], x.shape, strict=False))
+
+
+def why_no_descriptors(**tensors: Tensor) -> str | None:
+    """Why `tensors`, `[B, H, S, D]` of one device and dtype, cannot be read through descriptors
+    (TMA), None if they can."""
+    first = next(iter(tensors.values()))
+    arch = architecture(first.device)
+    if not arch.startswith("sm_") or int(arch[3:]) < 90:
+        return f"descriptors need NVIDIA compute capability 9.0, this is {arch}"
+    D = first.shape[-1]
+    if D not in (64, 128) or first.dtype.itemsize != 2:
+        return f"descriptors are for D of 64 and 128 in two bytes, got {D} in {first.dtype}"
+    for name, x in tensors.items():
+        if x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in head_strides(x)):
+            return f"{name} is not aligned to 16 bytes, strides {x.stride()}"
+        if any(stride == 0 for stride in head_strides(x)):
+            return f"{name} is expanded, strides {x.stride()}"
+    return None

@@ -12,7 +12,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vdit_sparse.kernels.block_mask import BlockMask
-from vdit_sparse.kernels.block_sparse.layout import empty_outputs
+from vdit_sparse.kernels.block_sparse.layout import (
+    empty_outputs,
+    head_strides,
+    why_no_descriptors,
+)
 from vdit_sparse.kernels.block_sparse.tiles import Tile, architecture, tile_for
 
 LOG2_E = 1.4426950408889634
@@ -209,19 +213,10 @@ def why_pointers(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None
 
     Whether it does, the tile says: `choose_tile(...).descriptors`.
     """
-    arch = architecture(q.device)
-    if not arch.startswith("sm_") or int(arch[3:]) < 90:
-        return f"descriptors need NVIDIA compute capability 9.0, this is {arch}"
-    if q.shape[-1] not in (64, 128) or q.dtype.itemsize != 2:
-        return f"descriptors are for D of 64 and 128 in two bytes, got {q.shape[-1]} in {q.dtype}"
-    if mask.valid is not None:
+    reason = why_no_descriptors(q=q, k=k, v=v)
+    if reason is None and mask.valid is not None:
         return "key blocks with masked slots inside (`valid`) need masked loads"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in _strides(x)):
-            return f"{name} is not aligned to 16 bytes, strides {x.stride()}"
-        if any(stride == 0 for stride in _strides(x)):
-            return f"{name} is expanded, strides {x.stride()}"
-    return None
+    return reason
 
 
 def launch(
@@ -251,7 +246,7 @@ def launch(
     with torch.cuda.device_of(q):
         block_sparse_forward[(B * H * triton.cdiv(S, tile.rows),)](
             q, k, v, *descriptors, out, lse, idx, mask.cnt, mask.valid, kv_len,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(out),
+            *head_strides(q), *head_strides(k), *head_strides(v), *head_strides(out),
             *_shared_strides(idx), *_shared_strides(mask.cnt),
             H, S, keys, mask.nk, scale * LOG2_E,
             D=D, BD=width, BLOCK_Q=mask.block_q, BLOCK_K=mask.block_k, BM=tile.rows, BN=tile.keys,
@@ -266,16 +261,10 @@ def _width(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of B, H and S; those of dimensions of size 1 mean nothing and are replaced."""
-    dense = x.shape[3]
-    return tuple(s if n > 1 else dense for s, n in zip(x.stride()[:3], x.shape, strict=False))
-
-
 def _shared_strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of the first three dimensions of a mask tensor, 0 where a size of 1 is shared."""
     return tuple(s if n > 1 else 0 for s, n in zip(x.stride()[:3], x.shape, strict=False))
 
 
 def _descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), [*_strides(x), 1], [1, 1, rows, width])
+    return TensorDescriptor(x, list(x.shape), [*head_strides(x), 1], [1, 1, rows, width])
