@@ -1,0 +1,138 @@
+"""Exact block attention mass: how much softmax weight each query block gives each key block.
+
+    mass = block_mass(q, k, lse, 128)
+
+The second of the two passes of AdaSpa's online search (arXiv 2502.21079, "Fused online search");
+the first is dense attention that returns its LSE. `reference.py` is the specification,
+`chunked.py` the path of CPU and MPS, `triton.py` that of GPUs; a backend is a file with
+`supports(...) -> reason | None` and `forward(...)`, and a line in `BACKENDS`.
+"""
+
+from importlib import import_module
+from math import isfinite
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from vdit_sparse.kernels.block_mask import BLOCK_SIZES
+
+__all__ = ["BACKENDS", "block_mass"]
+
+# In the order of preference when none is asked for; the reference is never chosen by itself.
+BACKENDS = {
+    "triton": "vdit_sparse.kernels.block_mass.triton",
+    "chunked": "vdit_sparse.kernels.block_mass.chunked",
+    "reference": "vdit_sparse.kernels.block_mass.reference",
+}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    block: int | tuple[int, int],
+    *,
+    valid: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """W[b, h, p, c] = sum over rows r of query block p and keys t of key block c of
+    exp(scale * q_r . k_t - lse_r), fp32 `[B, H, nq, nk]`.
+
+    q and k `[B, H, S, D]`, fp16, bf16 or fp32, any strides with unit last one; lse: fp32
+    `[B, H, S]`, natural log, as `block_sparse_attention` returns it; block: tokens of a block, 64
+    or 128, or a pair (query block, key block);
+    valid: int32 `[nk]`, real tokens at the start of each key block and of the query block at the
+    same place (so both sizes must be equal); what stands past them counts nothing, whatever it is;
+    scale: default D^-0.5; backend: a name in `BACKENDS`, which runs or raises; default Triton on a
+    GPU if it takes the call, else chunked.
+
+    With the LSE of full attention W[p] sums over c to the number of real rows of p. With the LSE of
+    another step (AdaSpa's cached search) it does not, and exp may overflow to inf where scores have
+    grown by more than 88. A row whose lse is -inf, without keys, counts 0.
+
+    The products are rounded like the inputs' own, sums and exponentials are fp32; no backend but
+    the reference holds S x S. Inference only: raises under autograd. AdaSpa prints `Log(qk - LSE)`
+    in its algorithms; this is exp, as its code computes. It scores keys in the padding; we mask
+    them.
+    """
+    _check_tensors(q, k, lse)
+    blocks = _check_blocks(q, block, valid)
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {tuple(BACKENDS)} or None, got {backend!r}.")
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if not (isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be a positive number, got {scale}.")
+    name = backend or _choose_backend(q)
+    reason = _reason(name, q)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} does not take this call: {reason}. Leave it out.")
+    return _load(name).forward(q, k, lse, blocks, valid, float(scale))
+
+
+def _choose_backend(q: Tensor) -> str:
+    return "triton" if q.device.type == "cuda" and _reason("triton", q) is None else "chunked"
+
+
+def _load(name: str) -> ModuleType:
+    return import_module(BACKENDS[name])
+
+
+def _reason(name: str, q: Tensor) -> str | None:
+    try:
+        module = _load(name)
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    return module.supports(q)
+
+
+def _check_tensors(q: Tensor, k: Tensor, lse: Tensor) -> None:
+    if q.ndim != 4 or k.shape != q.shape or 0 in q.shape:
+        raise ValueError(
+            "q and k must both be [B, H, S, D], not empty; got "
+            f"{tuple(q.shape)} and {tuple(k.shape)}."
+        )
+    if q.dtype not in DTYPES or k.dtype != q.dtype:
+        raise TypeError(
+            f"q and k must have one dtype of fp16, bf16 and fp32, got {q.dtype} and {k.dtype}."
+        )
+    if lse.shape != q.shape[:3] or lse.dtype != torch.float32:
+        raise ValueError(
+            f"lse must be float32 {tuple(q.shape[:3])} like the rows of q, got "
+            f"{lse.dtype} {tuple(lse.shape)}."
+        )
+    if k.device != q.device or lse.device != q.device:
+        raise ValueError(
+            f"q, k and lse must share a device, got {q.device}, {k.device}, {lse.device}."
+        )
+    for name, x in (("q", q), ("k", k)):
+        if x.stride(-1) != 1:
+            raise ValueError(
+                f"{name} must have unit stride in its last dimension, got strides {x.stride()}; "
+                f"pass {name}.contiguous()."
+            )
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or lse.requires_grad):
+        raise RuntimeError(
+            "block_mass has no backward: call it under torch.no_grad() or torch.inference_mode(), "
+            "or detach q, k and lse."
+        )
+
+
+def _check_blocks(q: Tensor, block: int | tuple[int, int], valid: Tensor | None) -> tuple[int, int]:
+    """(query block, key block), in tokens."""
+    blocks = (block, block) if isinstance(block, int) else tuple(block)
+    if len(blocks) != 2 or not set(blocks) <= set(BLOCK_SIZES):
+        raise ValueError(f"block must be one or two of {BLOCK_SIZES}, got {block}.")
+    if valid is None:
+        return blocks
+    if blocks[0] != blocks[1]:
+        raise ValueError(f"valid counts tokens of query and key blocks of one size, got {blocks}.")
+    nk = -(-q.shape[2] // blocks[1])
+    if valid.dtype != torch.int32 or valid.shape != (nk,):
+        raise ValueError(f"valid must be int32 [{nk}], got {valid.dtype} {tuple(valid.shape)}.")
+    if valid.device != q.device:
+        raise ValueError(f"valid must be on {q.device} like q, got {valid.device}.")
+    return blocks
