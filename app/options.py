@@ -127,7 +127,7 @@ def method_name(method: SparseAttention) -> str:
 
 def parse_field(method: type[SparseAttention], name: str, text: str) -> object:
     """The value of a method's field, by the field's annotation: a truth value, an integer, a
-    number, "none", a list of integers "0,4,8", or the text itself."""
+    number, "none", a list of numbers "0,4,8", or the text itself."""
     annotation = typing.get_type_hints(method)[name]
     choices = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     for read in (_read_none, _read_bool, _read_int, _read_float, _read_ints, _read_text):
@@ -189,7 +189,7 @@ def show_type(annotation: object) -> str:
     if _is_union(annotation):
         return " or ".join(show_type(part) for part in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
-        return "a list of integers (0,4,8)"
+        return "a list of numbers (0,4,8)"
     names = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
     return "none" if annotation is types.NoneType else names.get(annotation, str(annotation))
 
@@ -255,8 +255,10 @@ def _read_float(choices: Sequence, text: str) -> object:
 
 def _read_ints(choices: Sequence, text: str) -> object:
     lists = any(typing.get_origin(choice) is tuple for choice in choices)
-    if lists and re.fullmatch(r"\d+(,\d+)*,?", text):
-        return tuple(int(part) for part in text.split(",") if part)
+    number = r"\d+(\.\d+)?"
+    if lists and re.fullmatch(rf"{number}(,{number})*,?", text):
+        parts = [part for part in text.split(",") if part]
+        return tuple(float(part) if "." in part else int(part) for part in parts)
     return _NO
 
 

@@ -1,14 +1,18 @@
 """`apply`, `remove` and `summary`: a method into a diffusers model, out again, and what it did."""
 
+import hashlib
 import inspect
+import json
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
 
+from vdit_sparse.call import Origin
 from vdit_sparse.method import SparseAttention
 from vdit_sparse.pipelines.clock import Clock
 from vdit_sparse.pipelines.families import DENOISERS, family_of, preset
@@ -16,6 +20,7 @@ from vdit_sparse.pipelines.hook import Run, SparseAttnProcessor
 from vdit_sparse.pipelines.report import Summary, settle
 
 HOOK = "vdit_sparse"
+CALIBRATIONS = "calibrations"  # folder of a checkpoint
 
 Target = DiffusionPipeline | torch.nn.Module
 
@@ -47,7 +52,7 @@ def apply(target: Target, method: SparseAttention | str, *, timed: bool = False)
     for name, model in denoisers.items():
         run = _run_of(model) or _install(name, model)
         run.clock = clock
-        run.use(methods[name], timed)
+        run.use(methods[name], origin_of(target, name, model), timed)
 
 
 def remove(target: Target) -> None:
@@ -127,6 +132,23 @@ def _denoisers(target: Target) -> dict[str, torch.nn.Module]:
     for model in denoisers.values():
         family_of(model)
     return denoisers
+
+
+def origin_of(target: Target, expert: str, model: torch.nn.Module) -> Origin:
+    """What calibrations need to know of a model: its name, configuration and scheduler, and the
+    folder of those that came with it."""
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    source = str(getattr(target.config, "_name_or_path", "") or "")
+    folder = Path(source) / CALIBRATIONS
+    scheduler = getattr(target, "scheduler", None)
+    return Origin(
+        model=Path(source).name if Path(source).is_dir() else source,
+        config=digest[:16],
+        scheduler=type(scheduler).__name__ if scheduler is not None else "",
+        expert=expert,
+        calibrations=str(folder) if source and folder.is_dir() else "",
+    )
 
 
 def _run_of(model: torch.nn.Module) -> Run | None:

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import weakref
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,10 +12,11 @@ from diffusers.hooks.hooks import StateManager
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from vdit_sparse.call import Call, Note, Origin
 from vdit_sparse.grid import Grid
-from vdit_sparse.kernels.block_mask import BlockMask
+from vdit_sparse.kernels.block_mask import BLOCK_SIZES, BlockMask
 from vdit_sparse.kernels.block_sparse import choose_backend, explain
-from vdit_sparse.method import Call, SparseAttention
+from vdit_sparse.method import SparseAttention
 from vdit_sparse.pipelines.clock import Clock
 from vdit_sparse.pipelines.families import Family
 from vdit_sparse.pipelines.report import Entry, Stopwatch
@@ -46,6 +48,7 @@ class Run(ModelHook):
     def __init__(self, expert: str, family: Family, clock: Clock):
         super().__init__()
         self.expert, self.family, self.clock = expert, family, clock
+        self.origin = Origin(expert=expert)
         self.method: SparseAttention | None = None
         self.watch: Stopwatch | None = None
         self.processors: list[SparseAttnProcessor] = []
@@ -59,9 +62,9 @@ class Run(ModelHook):
         self._memory: dict[tuple[str, int], dict] = {}
         self.clock_run = 0
 
-    def use(self, method: SparseAttention, timed: bool) -> None:
-        """Takes a method; forgets everything about earlier runs."""
-        self.method = method
+    def use(self, method: SparseAttention, origin: Origin, timed: bool) -> None:
+        """Takes a method, and where the calls come from; forgets everything about earlier runs."""
+        self.method, self.origin = method, origin
         self.watch = Stopwatch() if timed else None
         self.entries, self.backend = [], None
         self.reset_state(None)
@@ -103,7 +106,9 @@ class Run(ModelHook):
             )
         grid, branch, step, steps = self._place
         memory = self._memory.setdefault((branch, layer), {})
-        call = Call(grid, layer, len(self.processors), step, steps, memory)
+        note = Note(watch=self.watch)
+        place = (grid, layer, len(self.processors), step, steps)
+        call = Call(*place, memory, self.origin, note)
         processor = self.processors[layer]
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         dense = self.method.is_dense(call)
@@ -112,8 +117,8 @@ class Run(ModelHook):
         started = self.watch.start(query.device) if self.watch else None
         out = self.method(q, k, v, call, processor.dense)
         mark = self.watch.stop(started) if self.watch else None
-        density = None if dense else memory.get("density")
-        self.entries.append(Entry(self.expert, branch, step, layer, dense, density, mark))
+        entry = Entry(self.expert, branch, step, layer, dense, note.density, note.searched)
+        self.entries.append(replace(entry, milliseconds=mark, plans=tuple(note.plans)))
         return out.transpose(1, 2).contiguous()
 
     def _check_sparse(self, processor: "SparseAttnProcessor", q: Tensor, k: Tensor, v: Tensor):
@@ -125,9 +130,11 @@ class Run(ModelHook):
         if self.backend is None:
             # Which backend takes a call depends on the device, the dtype, the head size and the
             # block sizes, but not on the lists.
-            mask = BlockMask.from_keep(torch.ones(1, 1, dtype=torch.bool), self.method.block)
-            reasons = explain(q, k, v, mask.to(q.device))
-            self.backend = (self.method.backend or choose_backend(q, k, v, mask), reasons)
+            block, precision = self.method.block or BLOCK_SIZES[0], self.method.precision
+            mask = BlockMask.from_keep(torch.ones(1, 1, dtype=torch.bool, device=q.device), block)
+            reasons = explain(q, k, v, mask, precision)
+            chosen = self.method.backend or choose_backend(q, k, v, mask, precision)
+            self.backend = (chosen, reasons)
 
 
 class SparseAttnProcessor:

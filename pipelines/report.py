@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ class Entry:
     """One self-attention call of the last run.
 
     density: kept share of key blocks, 1.0 for a dense call, None where the method did not say.
-    milliseconds: time of the attention alone, None unless asked for.
+    searched: the call passed over q and k once more to find a plan.
+    milliseconds: time of the attention with its planning, None unless asked for.
+    plans: the parts of it that went into building plans, one for each plan built.
     """
 
     expert: str
@@ -23,7 +25,9 @@ class Entry:
     layer: int
     dense: bool
     density: float | None
+    searched: bool = False
     milliseconds: float | None = None
+    plans: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,20 @@ class Summary:
         times = [entry.milliseconds for entry in self.entries if entry.milliseconds is not None]
         return sum(times) if times else None
 
+    @property
+    def planning_share(self) -> float | None:
+        """Share of the sparse calls' time that building plans took, 0 to 1, without the calls that
+        searched (`search_milliseconds`); None unless timed."""
+        calls = [e for e in self.entries if not e.dense and not e.searched]
+        times = [entry.milliseconds for entry in calls if entry.milliseconds is not None]
+        return sum(sum(entry.plans) for entry in calls) / sum(times) if times else None
+
+    @property
+    def search_milliseconds(self) -> float | None:
+        """Time of the calls that searched for their plans; None unless timed."""
+        times = [e.milliseconds for e in self.entries if e.searched and e.milliseconds is not None]
+        return sum(times) if times or self.milliseconds is not None else None
+
     def __str__(self) -> str:
         lines = [f"method: {self.method}"]
         if not self.entries:
@@ -75,6 +93,10 @@ class Summary:
             rows[entry.step, entry.expert].append(entry)
         lines += [_row(step, expert, group) for (step, expert), group in sorted(rows.items())]
         lines.append(f"density of the run {_show(self.density, '.3f')}")
+        if self.planning_share is not None:
+            lines.append(f"planning {self.planning_share:.1%} of the sparse calls' time")
+        if self.search_milliseconds:
+            lines.append(f"calls that searched {self.search_milliseconds:.1f} ms")
         return "\n".join(lines)
 
 
@@ -113,8 +135,8 @@ def settle(entry: Entry) -> Entry:
     if isinstance(density, Tensor):
         density = float(density)
     milliseconds = Stopwatch.milliseconds(entry.milliseconds)
-    place = (entry.expert, entry.branch, entry.step, entry.layer, entry.dense)
-    return Entry(*place, density, milliseconds)
+    plans = tuple(Stopwatch.milliseconds(mark) for mark in entry.plans)
+    return replace(entry, density=density, milliseconds=milliseconds, plans=plans)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

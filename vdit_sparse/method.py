@@ -1,5 +1,6 @@
 """What a method is: it looks at q, k and the place in the run and answers with a plan."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,29 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vdit_sparse.grid import Grid
+from vdit_sparse.call import Call
 from vdit_sparse.kernels.block_mask import BLOCK_SIZES, BlockMask
 from vdit_sparse.kernels.block_sparse import BACKENDS, PRECISIONS, block_sparse_attention
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Call:
-    """All that a method may know about one attention call.
-
-    grid: the tokens of the sequence; video first, text last.
-    layer, layers: 0-based index of this self-attention layer, and how many there are.
-    step, steps: 0-based denoising step, and how many there are (None where the caller cannot know).
-    memory: a dict of this layer, this guidance branch and this expert; emptied when the run ends.
-    """
-
-    grid: Grid
-    layer: int
-    layers: int
-    step: int
-    steps: int | None
-    memory: dict
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,40 +34,46 @@ class Plan:
 class SparseAttention(ABC):
     """Base of all methods: a frozen dataclass that is its own configuration.
 
-    dense_steps, last_dense_steps: the first and last denoising steps run dense.
+    dense_steps, last_dense_steps: the first and last denoising steps run dense; an int, or a float
+        in [0, 1) for a fraction of all steps, rounded down.
     dense_layers, last_dense_layers: the first and last layers run dense.
     refresh: when a cached plan is rebuilt: "each" call, "once" a run, every n steps (int), or at
-        the listed steps (tuple of int).
+        the listed steps (tuple of int, or of float for fractions of all steps).
     block: tokens of a block, 64 or 128.
-    precision: "bf16" computes in the dtype of q, k, v.
+    precision: "bf16" computes in the dtype of q, k, v; the 8-bit ones are those of
+        `block_sparse_attention`.
     backend: kernel backend, or None for the best one on the device. A named one runs or raises.
 
     One object serves all layers, both experts of Wan 2.2 and several pipelines at once: it holds
     no state. A subclass writes `plan`, or `attend` if one kernel call is not enough.
     """
 
-    dense_steps: int = 0
-    last_dense_steps: int = 0
+    dense_steps: int | float = 0
+    last_dense_steps: int | float = 0
     dense_layers: int = 0
     last_dense_layers: int = 0
-    refresh: str | int | tuple[int, ...] = "each"
+    refresh: str | int | tuple[int | float, ...] = "each"
     block: int = 128
     precision: str = "bf16"
     backend: str | None = None
 
     def __post_init__(self):
-        for name in ("dense_steps", "last_dense_steps", "dense_layers", "last_dense_layers"):
+        for name in ("dense_steps", "last_dense_steps"):
+            if not _is_step(getattr(self, name)):
+                raise ValueError(
+                    f"{name} must be an integer of at least 0, or a fraction of the steps from 0 "
+                    f"to below 1, got {getattr(self, name)!r}."
+                )
+        for name in ("dense_layers", "last_dense_layers"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            if type(value) is not int or value < 0:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}.")
-        if self.block not in BLOCK_SIZES:
+        # A method whose calibration knows the block has None for a default.
+        if self.block not in (*BLOCK_SIZES, type(self).block):
             raise ValueError(f"block must be one of {BLOCK_SIZES} tokens, got {self.block!r}.")
-        if self.backend is not None and self.backend not in BACKENDS:
-            names = ", ".join(BACKENDS)
-            raise ValueError(f"backend must be None or one of {names}, got {self.backend!r}.")
-        if self.precision not in PRECISIONS:
-            names = ", ".join(PRECISIONS)
-            raise ValueError(f"precision must be one of {names}, got {self.precision!r}.")
+        if self.backend is not None:
+            check_choice("backend", self.backend, tuple(BACKENDS))
+        check_choice("precision", self.precision, PRECISIONS)
         if isinstance(self.refresh, list):
             object.__setattr__(self, "refresh", tuple(self.refresh))
         if not _is_refresh(self.refresh):
@@ -133,43 +122,68 @@ class SparseAttention(ABC):
                 "which a bare transformer does not know: use vdit_sparse.apply on the pipeline."
             )
         return (
-            call.step < self.dense_steps
+            call.step < call.step_at(self.dense_steps)
             or call.layer < self.dense_layers
             or call.layer >= call.layers - self.last_dense_layers
-            or (call.steps is not None and call.step >= call.steps - self.last_dense_steps)
+            or bool(self.last_dense_steps)
+            and call.step >= call.steps - call.step_at(self.last_dense_steps)
         )
 
     def current_plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
-        """The cached plan of this layer and branch, or a new one if `refresh` says so.
-
-        Notes the density of the plan in `call.memory["density"]` as a 0-dim tensor, for reports.
-        """
-        if self.refresh == "each":
-            plan = self.plan(q, k, call)
-        else:
-            built, plan = call.memory.get("plan", (None, None))
-            if plan is None or self._is_due(built, call.step):
+        """The cached plan of this layer and branch, or a new one if `refresh` says so; notes its
+        density and the time that building it took."""
+        if self.is_due(call):
+            with call.note.planning(q.device):
                 plan = self.plan(q, k, call)
-                call.memory["plan"] = (call.step, plan)
-        call.memory["density"] = plan.mask.kept_share
+            self.remember(call, plan)
+        else:
+            plan = call.memory["plan"]
+        call.note.density = plan.mask.kept_share
         return plan
 
-    def _is_due(self, built: int, step: int) -> bool:
-        """Whether a plan built at step `built` is rebuilt at `step`; caches that skip calls may
-        skip the listed step itself, so any listed step since then counts."""
+    def is_due(self, call: Call) -> bool:
+        """Whether `refresh` asks for a new plan, or none was remembered yet.
+
+        Caches that skip calls may skip a listed step itself, so any listed step since counts.
+        """
+        built = call.memory.get("built")
+        if built is None or self.refresh == "each":
+            return True
         if self.refresh == "once":
             return False
         if isinstance(self.refresh, int):
-            return step - built >= self.refresh
-        return any(built < listed <= step for listed in self.refresh)
+            return call.step - built >= self.refresh
+        return any(built < call.step_at(listed) <= call.step for listed in self.refresh)
+
+    def remember(self, call: Call, plan: Plan) -> None:
+        """Caches a plan built at this step, unless the next call builds its own anyway."""
+        if self.refresh != "each":
+            call.memory.update(built=call.step, plan=plan)
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    """Raises ValueError if the field `name` is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+
+
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Raises ValueError if the field `name` is no number above `low` and up to `high`."""
+    if type(value) not in (int, float) or not low < value <= high or value == math.inf:
+        limit = "" if high == math.inf else f" and at most {high:g}"
+        raise ValueError(f"{name} must be a finite number above {low:g}{limit}, got {value!r}.")
+
+
+def _is_step(value: object) -> bool:
+    return (type(value) is int and value >= 0) or (type(value) is float and 0 <= value < 1)
 
 
 def _is_refresh(refresh: object) -> bool:
     if isinstance(refresh, str):
         return refresh in ("each", "once")
     if isinstance(refresh, tuple):
-        return all(isinstance(step, int) and step >= 0 for step in refresh)
-    return isinstance(refresh, int) and not isinstance(refresh, bool) and refresh >= 1
+        return all(_is_step(step) for step in refresh)
+    return type(refresh) is int and refresh >= 1
 
 
 def execute(

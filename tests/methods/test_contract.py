@@ -149,7 +149,7 @@ def test_plan_drops_something_and_density_is_noted(name, device):
     q, k, v = inputs(SPARSE_GRID, device)
     call = call_at(SPARSE_GRID)
     METHODS[name]()(q, k, v, call)
-    assert 0 < float(call.memory["density"]) < 1
+    assert 0 < float(call.note.density) < 1
 
 
 @each_method

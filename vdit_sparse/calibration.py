@@ -1,0 +1,234 @@
+"""Calibration files: what an offline search found for one model, grid and number of steps.
+
+A file is safetensors with a JSON header; nothing is unpickled. Tensors are named
+"<expert>.<name>", their first dimension is the step or bin, or the layer, as the method says.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vdit_sparse.call import Call, Origin
+from vdit_sparse.grid import Grid
+from vdit_sparse.method import SparseAttention
+
+FORMAT = 1
+HEADER = "vdit_sparse"
+# What a header holds, and the type of each entry.
+ENTRIES = {
+    "format": int,
+    "method": str,
+    "fields": dict,
+    "origin": dict,
+    "grid": list,
+    "layers": int,
+    "steps": int,
+    "prompts": list,
+    "seeds": list,
+    "versions": dict,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A calibration file in memory.
+
+    method: class name of the method; fields: of its search; origin: the model that was searched;
+    grid, layers, steps: of the searched runs; prompts, seeds: what was generated; versions: of the
+    packages that did it; tensors: what was found, on the CPU.
+    """
+
+    path: str
+    method: str
+    fields: Mapping
+    origin: Origin
+    grid: Grid
+    layers: int
+    steps: int
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    versions: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+
+    def tensor(self, name: str, expert: str) -> Tensor:
+        """What was found for an expert. Raises ValueError if it was not searched."""
+        found = self.tensors.get(f"{expert}.{name}")
+        if found is None:
+            experts = sorted({key.split(".")[0] for key in self.tensors})
+            raise ValueError(
+                f"{self.path} has no {name!r} of {expert!r}, only of {', '.join(experts)}: "
+                "calibrate this model again."
+            )
+        return found
+
+    def step_of(self, call: Call) -> int:
+        """The searched step at the same share of the run as the call's step."""
+        if call.steps in (None, self.steps):
+            return min(call.step, self.steps - 1)
+        share = call.step / max(call.steps - 1, 1)
+        return round(share * (self.steps - 1))
+
+    def check(self, method: str, call: Call) -> None:
+        """Raises ValueError if this file is for another method, grid or configuration than those
+        of `call`; warns (`CalibrationWarning`) if only model, scheduler or steps differ."""
+        origin = call.origin
+        wrong = _differences(
+            ("method", self.method, method),
+            ("grid", self.grid, call.grid),
+            ("layers", self.layers, call.layers),
+            ("model configuration", self.origin.config, origin.config),
+        )
+        if wrong:
+            raise ValueError(
+                f"{self.path} was made for something else: {wrong}. Calibrate for this one."
+            )
+        doubtful = _differences(
+            ("model", self.origin.model, origin.model),
+            ("scheduler", self.origin.scheduler, origin.scheduler),
+            ("number of steps", self.steps, call.steps),
+        )
+        if doubtful:
+            warnings.warn(
+                f"{self.path} was searched otherwise: {doubtful}. Steps are matched by their share "
+                "of the run; a calibration of its own may do better.",
+                CalibrationWarning,
+                stacklevel=2,
+            )
+
+
+class CalibrationWarning(UserWarning):
+    """A calibration is used in a run that differs from the searched one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedAttention(SparseAttention):
+    """Base of the methods that need a calibration file.
+
+    calibration: the file, or a folder of files of which that for the method and the grid is taken;
+        None: those that come with the checkpoint, in its folder `calibrations`.
+    block: None for the file's; another one than the file's raises.
+    """
+
+    calibration: str | None = None
+    block: int | None = None
+
+    def calibrated(self, call: Call) -> Calibration:
+        """The calibration for this call, checked once a run against all that the call says.
+
+        Raises ValueError where there is none, or it is of another method, grid, configuration or
+        block; warns where model, scheduler or number of steps differ.
+        """
+        if "calibration" not in call.memory:
+            call.memory["calibration"] = self._find(call)
+        return call.memory["calibration"]
+
+    def _find(self, call: Call) -> Calibration:
+        source = self.calibration or call.origin.calibrations
+        name = type(self).__name__
+        if not source:
+            raise ValueError(
+                f"{name} needs a calibration for this model and size: make one with `vdit-sparse "
+                "calibrate` and pass calibration=FILE."
+            )
+        path = _choose(source, name, call.grid)
+        found = _loaded(str(path), path.stat().st_mtime_ns) if path.is_file() else load(path)
+        found.check(name, call)
+        if self.block not in (None, found.fields["block"]):
+            raise ValueError(
+                f"{found.path} was searched with block={found.fields['block']}, but {name} has "
+                f"block={self.block}: leave `block` out, or calibrate again."
+            )
+        return found
+
+
+def save(calibration: Calibration) -> None:
+    """Writes a calibration to its path, at once: a run that dies leaves no half of a file."""
+    content = asdict(calibration)
+    path, tensors = Path(content.pop("path")), dict(content.pop("tensors"))
+    grid = calibration.grid
+    content["grid"] = [grid.frames, grid.height, grid.width, grid.text]
+    content["format"] = FORMAT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.half")
+    save_file(
+        {k: v.contiguous().cpu() for k, v in tensors.items()}, half, {HEADER: json.dumps(content)}
+    )
+    os.replace(half, path)
+
+
+def load(path: str | Path) -> Calibration:
+    """Reads a calibration file. Raises FileNotFoundError, and ValueError for a file that is cut
+    off, of another kind, or of a format that this version does not know."""
+    header = read_header(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): calibrate again.") from error
+    values = {name: header[name] for name in ENTRIES if name != "format"}
+    values["grid"] = Grid(*values["grid"])
+    values["origin"] = Origin(**values["origin"])
+    values["prompts"], values["seeds"] = tuple(values["prompts"]), tuple(values["seeds"])
+    return Calibration(path=str(path), tensors=tensors, **values)
+
+
+def read_header(path: str | Path) -> dict:
+    """The header of a calibration file; raises as `load` does."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no calibration file {path}.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        header = json.loads(metadata[HEADER])
+        version = header["format"]
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is no calibration file, or is cut off ({type(error).__name__}: {error}): "
+            "make one with `vdit-sparse calibrate`."
+        ) from error
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version!r}, this version reads {FORMAT}.")
+    bad = [name for name, kind in ENTRIES.items() if not isinstance(header.get(name), kind)]
+    if bad:
+        raise ValueError(f"{path} is no whole calibration file: {', '.join(bad)} missing or wrong.")
+    return header
+
+
+@lru_cache(maxsize=8)
+def _loaded(path: str, changed: int) -> Calibration:
+    return load(path)
+
+
+def _choose(source: str, method: str, grid: Grid) -> Path:
+    """`source` itself, or of a folder the file for this method and grid."""
+    path = Path(source)
+    if not path.is_dir():
+        return path
+    headers = {file: read_header(file) for file in sorted(path.glob("*.safetensors"))}
+    mine = {file: h["grid"] for file, h in headers.items() if h["method"] == method}
+    wanted = [grid.frames, grid.height, grid.width, grid.text]
+    fitting = [file for file, size in mine.items() if size == wanted]
+    if not fitting:
+        there = ", ".join(map(str, mine.values())) or "none"
+        raise ValueError(
+            f"{source} has no calibration of {method} for the token grid {wanted} (it has "
+            f"{there}): make one with `vdit-sparse calibrate`, or use a size that it has."
+        )
+    return fitting[0]
+
+
+def _differences(*compared: tuple[str, object, object]) -> str:
+    """(what, in the file, in the run) that differ, in words; what is unknown does not."""
+    unknown = ("", None)
+    return "; ".join(
+        f"{what} of the file {file}, of this run {run}"
+        for what, file, run in compared
+        if file != run and file not in unknown and run not in unknown
+    )
