@@ -15,12 +15,12 @@ from torch import Tensor
 from vdit_sparse.kernels.block_sparse.layout import head_strides, why_no_descriptors
 from vdit_sparse.kernels.block_sparse.tiles import Tile, architecture, tile_for
 from vdit_sparse.kernels.block_sparse.triton import (
-    LARGEST_D,
     LOG2_E,
     _descriptor,
     _load_rows,
     _load_whole,
     _width,
+    why_not_here,
 )
 
 LARGEST_ROWS = 128  # queries of a tile, of one or more query blocks
@@ -98,7 +98,10 @@ def block_mass_forward(
     if RAGGED:
         for i in tl.range(whole, out_columns, num_stages=1):
             start = tl.cast(i * BN, tl.int32)
-            k = _load_rows(k_ptr, start, k_s, rows_n, S, columns, D, BD)
+            if k_desc is not None:
+                k = k_desc.load([b, h, start, 0]).reshape([BN, BD])
+            else:
+                k = _load_rows(k_ptr, start, k_s, rows_n, S, columns, D, BD)
             end = S - start
             if valid_ptr is not None:
                 end = tl.minimum(end, tl.load(valid_ptr + start // BLOCK_K) - start % BLOCK_K)
@@ -106,24 +109,9 @@ def block_mass_forward(
             tl.store(out_ptr + i, mass, mask=group < out_rows)
 
 
-# Decided when the kernels above were decorated: a JITFunction compiles, the other one interprets.
-INTERPRETED = not isinstance(block_mass_forward, triton.runtime.JITFunction)
-
-
 def supports(q: Tensor) -> str | None:
     """None if this backend computes the call, else the reason why it does not."""
-    if q.device.type != "cuda" and not INTERPRETED:
-        return f"it needs a CUDA or ROCm GPU, the tensors are on {q.device.type}"
-    if INTERPRETED and q.device.type not in ("cpu", "cuda"):
-        return f"Triton's interpreter runs on the CPU, the tensors are on {q.device.type}"
-    if INTERPRETED and q.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies the bits of bfloat16 numbers, not the numbers"
-    if q.shape[-1] > LARGEST_D:
-        return f"D is at most {LARGEST_D}, got {q.shape[-1]}"
-    arch = architecture(q.device)
-    if arch.startswith("sm_") and int(arch[3:]) < 80:
-        return f"it needs compute capability 8.0, this GPU has {arch[3:-1]}.{arch[-1]}"
-    return None
+    return why_not_here(q)
 
 
 def forward(
@@ -146,11 +134,12 @@ def choose_tile(arch: str, width: int, itemsize: int, block_k: int, descriptors:
     accumulator for the output the tile of attention can be larger where descriptors save the
     addresses: a whole key block, so that nothing is left to add up."""
     tile = tile_for(arch, width, itemsize, (LARGEST_ROWS, block_k), descriptors)
-    if tile.descriptors:
-        return replace(
-            tile, rows=LARGEST_ROWS, keys=block_k, warps=block_k // 16, stages=2, registers=None
-        )
-    return tile
+    if itemsize == 4:
+        return replace(tile, stages=1)  # the masked tail spills registers otherwise
+    if not tile.descriptors:
+        return tile
+    stages = 3 if width == 64 else 2
+    return Tile(LARGEST_ROWS, block_k, block_k // 16, stages, descriptors=True)
 
 
 def launch(

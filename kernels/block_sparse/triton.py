@@ -174,6 +174,11 @@ INTERPRETED = not isinstance(block_sparse_forward, triton.runtime.JITFunction)
 
 def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, precision: str) -> str | None:
     """None if this backend computes the call, else the reason why it does not."""
+    return why_not_here(q)
+
+
+def why_not_here(q: Tensor) -> str | None:
+    """Why a kernel like this one cannot run on the device, dtype or D of `q`, None if it can."""
     if q.device.type != "cuda" and not INTERPRETED:
         return f"it needs a CUDA or ROCm GPU, the tensors are on {q.device.type}"
     if INTERPRETED and q.device.type not in ("cpu", "cuda"):
