@@ -12,6 +12,7 @@ from torch import Tensor
 from vdit_sparse.call import Call
 from vdit_sparse.kernels.block_mask import BLOCK_SIZES, BlockMask
 from vdit_sparse.kernels.block_sparse import BACKENDS, PRECISIONS, block_sparse_attention
+from vdit_sparse.kernels.reorder import inverse, reorder
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -201,23 +202,7 @@ def execute(
     if plan.order is None:
         return block_sparse_attention(q, k, v, plan.mask, **run)
     out, lse = block_sparse_attention(
-        *(_reorder(x, plan.order) for x in (q, k, v)), plan.mask, **run
+        *(reorder(x, plan.order) for x in (q, k, v)), plan.mask, **run
     )
-    back = _inverse(plan.order, q.shape[2])
-    return _reorder(out, back), _reorder(lse[..., None], back)[..., 0]
-
-
-def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """x `[B, H, S, D]` -> `[B, H, S', D]` by order `[S']` or `[H, S']`; -1 reads token 0."""
-    order = order.clamp(min=0)
-    if order.ndim == 1:
-        return x[:, :, order]
-    return x.gather(2, order[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
-
-
-def _inverse(order: Tensor, tokens: int) -> Tensor:
-    """Old position -> new position; masked slots are dropped."""
-    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    back = torch.zeros(*order.shape[:-1], tokens + 1, dtype=torch.long, device=order.device)
-    back.scatter_(-1, torch.where(order < 0, tokens, order), places)
-    return back[..., :tokens]
+    back = inverse(plan.order, q.shape[2])
+    return reorder(out, back), reorder(lse, back)
