@@ -78,14 +78,15 @@ class BlockMask:
                 "keep must be a bool tensor [nq, nk], [H, nq, nk] or [B, H, nq, nk], got "
                 f"{keep.dtype} {tuple(keep.shape)}."
             )
+        # `select` imports this module.
+        from vdit_sparse.kernels.select import ascending_lists
+
         keep = keep[(None,) * (4 - keep.ndim)]
         nk = keep.shape[-1]
         cnt = keep.sum(-1, dtype=torch.int32)
         cap = max(int(torch.where(cnt < nk, cnt, 0).max()), 1)
-        # A stable sort of "dropped" puts the kept columns first and leaves them ascending.
-        idx = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True)[..., :cap]
         block_q, block_k = (block, block) if isinstance(block, int) else block
-        return cls(idx.to(torch.int32).contiguous(), cnt, nk, block_q, block_k, valid)
+        return cls(ascending_lists(keep, cap), cnt, nk, block_q, block_k, valid)
 
     def keep(self) -> Tensor:
         """The same mask as bool `[B|1, H|1, nq, nk]`."""
