@@ -1,7 +1,6 @@
 """Everything that can be known to be wrong before the model is loaded, or before it runs."""
 
 import importlib.util
-import inspect
 import json
 import tempfile
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vdit_sparse.app.options import InputError
 from vdit_sparse.app.request import Request
+from vdit_sparse.eval.denoise import call_parameters
 
 MOST_SEED = 2**63 - 1
 
@@ -172,11 +172,6 @@ def check_after_loading(pipe, request: Request) -> None:
     takes_image = "image" in call_parameters(pipe)
     if takes_image and request.image is None:
         raise InputError("This model makes videos from images: give one with --image FILE.")
-
-
-def call_parameters(pipe) -> Mapping[str, inspect.Parameter]:
-    """The arguments of the diffusers pipeline's own call."""
-    return pipe.stock_signature.parameters
 
 
 def bundled_model() -> Path:

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 from vdit_sparse.app.checks import check_before_loading, read_image, smallest_size
-from vdit_sparse.app.denoise import execution_device, run, warm_up
 from vdit_sparse.app.environment import commit, machine, versions
 from vdit_sparse.app.loading import call_inputs, load, settings_of, takes_encoded_text
 from vdit_sparse.app.options import RunChoice
 from vdit_sparse.app.report import Finished, Report, files_of_former_report, panel
 from vdit_sparse.app.request import Request
 from vdit_sparse.app.video import contact_sheet, side_by_side, write_image, write_video
+from vdit_sparse.calibration import CalibratedAttention
+from vdit_sparse.eval.denoise import execution_device, run, warm_up
 from vdit_sparse.eval.metrics import METRICS
 
 # (what is going on, how much of it is done, of how much if that is known)
@@ -80,11 +81,13 @@ class _Session:
             self.progress(name, done, total)
 
         self.progress(f"{name}: warming up", 0, None)
-        small = {} if needs_full_warm_up(self.pipe, self.request) else smallest_size(self.pipe)
-        warmup_steps = warm_up(self.pipe, choice, {**self.inputs, **small})
+        calibrated = isinstance(choice.method, CalibratedAttention)
+        whole = calibrated or needs_full_warm_up(self.pipe, self.request)
+        small = {} if whole else smallest_size(self.pipe)
+        warmup_steps = warm_up(self.pipe, choice.method, {**self.inputs, **small})
         self.progress(f"{name}: warming up", 1, 1)
         on_step(0, self.inputs["num_inference_steps"])
-        clip = run(self.pipe, choice, self.inputs, on_step)
+        clip = run(self.pipe, choice.method, self.inputs, on_step)
         reference = next((other for other in self.report.runs if other.reference), None)
         if reference is None:
             return Finished(name, choice, clip, warmup_steps, reference=choice.method is None)
@@ -120,7 +123,8 @@ class _Session:
 
 def needs_full_warm_up(pipe, request: Request) -> bool:
     """Whether kernels are made for the very size. Elsewhere a small video does: what a first call
-    costs on a CPU, such as imports, which can be seconds, is the same for any size."""
+    costs on a CPU, such as imports, which can be seconds, is the same for any size. (A calibrated
+    method is warmed up at the size of its calibration, the only one that it runs at.)"""
     return request.compile or execution_device(pipe).type == "cuda"
 
 

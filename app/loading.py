@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from vdit_sparse.app.checks import call_parameters, check_after_loading, check_device
+from vdit_sparse.app.checks import check_after_loading, check_device
 from vdit_sparse.app.options import DTYPES, InputError
 from vdit_sparse.app.request import Request
+from vdit_sparse.eval.denoise import call_parameters
 from vdit_sparse.pipelines.families import DENOISERS
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from vdit_sparse.app.denoise import Clip
 from vdit_sparse.app.options import RunChoice
 from vdit_sparse.app.video import Panel, new_file
+from vdit_sparse.eval.denoise import Clip
 
 SCHEMA = 1
 FILE = "report.json"

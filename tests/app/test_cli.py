@@ -28,7 +28,7 @@ BAD = {
     "field": ({"set": "dekay=1"}, "did you mean 'decay'"),
     "value": ({"set": "decay=much"}, "decay must be a number"),
     "range": ({"set": "decay=-1"}, "above 0"),
-    "kernel": ({"set": "backend=tritn"}, "one of triton.*got 'tritn'"),
+    "kernel": ({"set": "backend=tritn"}, "one of .*triton.*got 'tritn'"),
     "preset": ({"preset": "radial-wan3"}, "no preset 'radial-wan3'"),
     "compare": ({"compare": "nothing"}, "--compare needs a method or preset"),
     "steps": ({"steps": 0}, "--steps must be at least 1, got 0"),

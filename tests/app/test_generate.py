@@ -11,8 +11,8 @@ import vdit_sparse
 from tests.tiny_models import WAN_CALL, tiny_wan
 from vdit_sparse.app import generate
 from vdit_sparse.app.checks import smallest_size
-from vdit_sparse.app.denoise import run, warm_up
 from vdit_sparse.app.options import parse_run
+from vdit_sparse.eval.denoise import run, warm_up
 from vdit_sparse.kernels.block_sparse import BACKENDS
 
 WORDS = ["--prompt", "a cat runs", "--negative-prompt", "bad", "--device", "cpu"]
@@ -79,10 +79,10 @@ def test_a_full_folder_is_left_alone_unless_told(cli, tiny_model, tmp_path):
 def test_a_later_failure_keeps_the_finished_runs(
     cli, tiny_model, tmp_path, monkeypatch, error, status
 ):
-    def breaks(pipe, choice, inputs, on_step):
-        if choice.method is not None:
+    def breaks(pipe, method, inputs, on_step):
+        if method is not None:
             raise error("the GPU is on fire")
-        return run(pipe, choice, inputs, on_step)
+        return run(pipe, method, inputs, on_step)
 
     monkeypatch.setattr(generate, "run", breaks)
     words = [*WORDS, "--size", "32x32", "--num-frames", 5, "--steps", 1, "--model", tiny_model]
@@ -141,12 +141,12 @@ def test_a_warm_up_changes_nothing(experts, settings, steps, device):
     """At the same size and at the smallest one."""
     pipe = tiny_wan(experts=experts).to(device)
     inputs = {**WAN_CALL, "seed": 1}
-    choice = parse_run("radial", ["block=64", *settings])
+    method = parse_run("radial", ["block=64", *settings]).method
     done = []
-    cold = run(pipe, choice, inputs, lambda *step: done.append(step))
-    assert warm_up(pipe, choice, inputs) == steps
-    assert warm_up(pipe, choice, {**inputs, **smallest_size(pipe)}) == steps
-    warm = run(pipe, choice, inputs, lambda *_: None)
+    cold = run(pipe, method, inputs, lambda *step: done.append(step))
+    assert warm_up(pipe, method, inputs) == steps
+    assert warm_up(pipe, method, {**inputs, **smallest_size(pipe)}) == steps
+    warm = run(pipe, method, inputs, lambda *_: None)
     # Convolutions on a GPU may round differently from call to call.
     difference = (cold.frames.int() - warm.frames.int()).abs().max()
     assert difference <= (0 if device.type == "cpu" else 1) and cold.density == warm.density
@@ -157,4 +157,4 @@ def test_broken_frames_are_an_error():
     pipe = tiny_wan()
     pipe.vae.decoder.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="NaN; try --dtype fp32"):
-        run(pipe, parse_run("dense"), {**WAN_CALL, "seed": 0}, lambda *_: None)
+        run(pipe, None, {**WAN_CALL, "seed": 0}, lambda *_: None)

@@ -1,9 +1,11 @@
 """One run of a loaded pipeline: its frames, seconds, memory, and what its attention did."""
 
 import dataclasses
+import inspect
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdit_sparse.app.checks import call_parameters
-from vdit_sparse.app.options import RunChoice
+from vdit_sparse.calibration import CalibrationWarning
+from vdit_sparse.method import SparseAttention
 from vdit_sparse.pipelines.families import DENOISERS
 
 OnStep = Callable[[int, int], None]
@@ -41,18 +43,18 @@ class Clip:
     reasons: dict[str, str | None] = field(default_factory=dict)
 
 
-def use(pipe, choice: RunChoice) -> None:
-    """Puts a method into the pipeline; dense is diffusers' own attention, with nothing of ours."""
+def use(pipe, method: SparseAttention | None) -> None:
+    """Puts a method into the pipeline; None is diffusers' own attention, with nothing of ours."""
     from vdit_sparse.pipelines.attach import apply, remove
 
-    if choice.method is None:
+    if method is None:
         remove(pipe)
     else:
-        apply(pipe, choice.method)
+        apply(pipe, method)
 
 
-def run(pipe, choice: RunChoice, inputs: dict, on_step: OnStep) -> Clip:
-    """Runs the pipeline once with a method.
+def run(pipe, method: SparseAttention | None, inputs: dict, on_step: OnStep) -> Clip:
+    """Runs the pipeline once with a method, None for stock attention.
 
     inputs: arguments of its call without generator and callbacks, plus `seed`: every run of the
         same seed starts from the same noise, whatever the device.
@@ -60,41 +62,38 @@ def run(pipe, choice: RunChoice, inputs: dict, on_step: OnStep) -> Clip:
 
     Raises RuntimeError if the frames hold NaN.
     """
-    use(pipe, choice)
+    use(pipe, method)
     device = execution_device(pipe)
     _forget_peak(device)
-    frames, clock = _timed_call(pipe, inputs, on_step, device)
-    if not frames.isfinite().all():
-        raise RuntimeError(
-            f"The frames of {choice.label} hold NaN; try --dtype fp32, or --dtype bf16 in place of "
-            "fp16."
-        )
+    frames, clock = timed_call(pipe, inputs, on_step)
     return Clip(
-        frames=(frames * 255).round().to("cpu", torch.uint8),
+        frames=frames[0],
         denoise_seconds=clock.denoise_seconds,
         decode_seconds=clock.decode_seconds,
         peak_memory_bytes=_peak(device),
-        **_attention(pipe, choice),
+        **_attention(pipe, method),
     )
 
 
-def warm_up(pipe, choice: RunChoice, inputs: dict) -> int:
+def warm_up(pipe, method: SparseAttention | None, inputs: dict) -> int:
     """Runs a few steps that nobody times, so that kernels are compiled, and returns their number.
 
     Each expert gets a step; where a method has dense and sparse steps, one of each.
     """
     experts = sum(getattr(pipe, name, None) is not None for name in DENOISERS)
-    rounds = [choice]
-    if choice.method is not None:
-        sparse = dataclasses.replace(choice.method, dense_steps=0, last_dense_steps=0)
-        rounds = [dataclasses.replace(choice, method=sparse)]
-        if sparse != choice.method:
-            dense = dataclasses.replace(sparse, dense_steps=experts)
-            rounds.append(dataclasses.replace(choice, method=dense))
+    rounds = [method]
+    if method is not None:
+        sparse = dataclasses.replace(method, dense_steps=0, last_dense_steps=0)
+        rounds = [sparse]
+        if sparse != method:
+            rounds.append(dataclasses.replace(sparse, dense_steps=experts))
     short = {**inputs, "num_inference_steps": experts, "output_type": "latent"}
-    for each in rounds:
-        use(pipe, each)
-        pipe(**_call_arguments(short))
+    with warnings.catch_warnings():
+        # The number of steps is not the one that a calibration was made for: on purpose.
+        warnings.simplefilter("ignore", CalibrationWarning)
+        for each in rounds:
+            use(pipe, each)
+            pipe(**_call_arguments(short))
     return experts * len(rounds)
 
 
@@ -119,8 +118,10 @@ class _Clock:
         return None if self.stepped is None else self.ended - self.stepped
 
 
-def _timed_call(pipe, inputs: dict, on_step: OnStep, device: torch.device):
-    """(frames `[T, 3, H, W]` in [0, 1], clock) of one call."""
+def timed_call(pipe, inputs: dict, on_step: OnStep) -> tuple[Tensor, "_Clock"]:
+    """Frames, uint8 `[B, T, 3, H, W]` on the CPU as they came from the decoder, and the clock of a
+    call; `inputs["seed"]` may be a list, one for each prompt. Raises RuntimeError for NaN."""
+    device = execution_device(pipe)
     steps = inputs["num_inference_steps"]
     arguments = {**_call_arguments(inputs), "output_type": "pt"}
     clock = _Clock()
@@ -136,11 +137,20 @@ def _timed_call(pipe, inputs: dict, on_step: OnStep, device: torch.device):
     if "callback_on_step_end" in call_parameters(pipe):
         arguments["callback_on_step_end"] = step_ended
     with _first_call(pipe, clock, device):
-        frames = pipe(**arguments).frames[0]
+        frames = pipe(**arguments).frames
         _wait(device)
     clock.ended = time.perf_counter()
     on_step(steps, steps)
-    return frames, clock
+    if not frames.isfinite().all():
+        raise RuntimeError(
+            "The frames hold NaN; try --dtype fp32, or --dtype bf16 in place of fp16."
+        )
+    return (frames * 255).round().to("cpu", torch.uint8), clock
+
+
+def call_parameters(pipe) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the diffusers pipeline's own call."""
+    return pipe.stock_signature.parameters
 
 
 @contextmanager
@@ -163,13 +173,14 @@ def _first_call(pipe, clock: _Clock, device: torch.device):
 
 def _call_arguments(inputs: dict) -> dict:
     arguments = {name: value for name, value in inputs.items() if name != "seed"}
-    return {**arguments, "generator": torch.Generator("cpu").manual_seed(inputs["seed"])}
+    seeds = inputs["seed"] if isinstance(inputs["seed"], list) else [inputs["seed"]]
+    return {**arguments, "generator": [torch.Generator("cpu").manual_seed(x) for x in seeds]}
 
 
-def _attention(pipe, choice: RunChoice) -> dict:
+def _attention(pipe, method: SparseAttention | None) -> dict:
     from vdit_sparse.pipelines.attach import summary
 
-    if choice.method is None:
+    if method is None:
         return {"density": 1.0}
     said = summary(pipe)
     return {
