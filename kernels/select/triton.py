@@ -286,8 +286,8 @@ def _count(
     equal = torch.empty(B, H, nq, dtype=torch.int32, device=score.device)
     numbers = (*score.stride()[:3], *count.stride(), *score.shape[1:])
     options = _options(score)
-    # A histogram pays for each warp's own bins; more warps only where each has enough to count.
-    warps = min(4, options["BLOCK"] // 32)
+    # Narrow rows have no keys for four warps, and the bins take registers beside the keys.
+    warps = max(min(4, options["BLOCK"] // 32), options["num_warps"])
     for digit in range(4):
         count_digits[(B * H * triton.cdiv(nq, ROWS),)](
             *maps, count, bins, *numbers,
