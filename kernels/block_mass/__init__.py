@@ -53,10 +53,9 @@ def block_mass(
     another step (AdaSpa's cached search) it does not, and exp may overflow to inf where scores have
     grown by more than 88. A row whose lse is -inf, without keys, counts 0.
 
-    The products are rounded like the inputs' own, sums and exponentials are fp32; no backend but
-    the reference holds S x S. Inference only: raises under autograd. AdaSpa prints `Log(qk - LSE)`
-    in its algorithms; this is exp, as its code computes. It scores keys in the padding; we mask
-    them.
+    All sums and exponentials are fp32. Only the reference holds S x S weights. Inference only:
+    raises under autograd. AdaSpa's algorithms print `Log(qk - LSE)`; its code computes exp, and so
+    do we. Its code scores the zeros that pad the last block; we mask them.
     """
     _check_tensors(q, k, lse)
     blocks = _check_blocks(q, block, valid)

@@ -17,9 +17,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vdit_sparse.kernels.block_mass.triton import block_mass_forward
+from vdit_sparse.kernels.block_mass.triton import choose_tile as mass_tile
 from vdit_sparse.kernels.block_sparse import tiles
 from vdit_sparse.kernels.block_sparse.triton import block_sparse_forward
 
+KERNELS = {"attention": block_sparse_forward, "mass": block_mass_forward}
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 INSTRUCTIONS = (
     "wgmma.mma_async",
@@ -33,7 +36,7 @@ INSTRUCTIONS = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of the kernel; ends: "whole", "ragged", "kv_len" or "valid"."""
+    """One specialisation of a kernel; ends: "whole", "ragged", "kv_len" or "valid"."""
 
     arch: str
     D: int = 128
@@ -41,15 +44,26 @@ class Variant:
     ends: str = "whole"
     dtype: str = "bf16"
     descriptors: bool = True
+    kernel: str = "attention"
 
 
 def variants(architectures: tuple[str, ...], quick: bool) -> list[Variant]:
     """What production uses: every table entry, and every kind of end for the widest heads; `quick`
-    leaves two for each architecture."""
+    leaves three for each architecture."""
     if quick:
-        return [Variant(arch, ends=ends) for arch in architectures for ends in ("whole", "kv_len")]
+        found = [Variant(arch, ends=ends) for arch in architectures for ends in ("whole", "kv_len")]
+        return found + [Variant(arch, ends="valid", kernel="mass") for arch in architectures]
     found = []
     for arch in architectures:
+        found += [
+            Variant(arch, D, block, ends, kernel="mass")
+            for D in (64, 128)
+            for block in (64, 128)
+            for ends in ("whole", "valid")
+        ]
+        found += [Variant(arch, 96, ends="valid", kernel="mass")]
+        found += [Variant(arch, 256, ends="valid", kernel="mass")]
+        found += [Variant(arch, ends="valid", dtype="fp32", kernel="mass")]
         found += [Variant(arch, D, block) for D in (64, 128) for block in (64, 128)]
         found += [Variant(arch, D, ends="kv_len") for D in (64, 128)]
         found += [Variant(arch, block=block, ends="valid") for block in (64, 128)]
@@ -65,10 +79,12 @@ def compile_variant(variant: Variant) -> dict:
     """Registers and spilled bytes of a thread, shared memory of a program, and instructions."""
     width = max(16, triton.next_power_of_2(variant.D))
     itemsize = 4 if variant.dtype == "fp32" else 2
-    fits = variant.D in (64, 128) and itemsize == 2 and variant.ends != "valid"
-    tile = tiles.tile_for(
-        variant.arch, width, itemsize, (variant.block,) * 2, fits and variant.descriptors
-    )
+    fits = variant.D in (64, 128) and itemsize == 2 and variant.descriptors
+    if variant.kernel == "mass":
+        tile = mass_tile(variant.arch, width, itemsize, variant.block, fits)
+    else:
+        fits = fits and variant.ends != "valid"
+        tile = tiles.tile_for(variant.arch, width, itemsize, (variant.block,) * 2, fits)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.registers is not None:
         options["maxnreg"] = tile.registers
@@ -86,7 +102,8 @@ def compile_variant(variant: Variant) -> dict:
 
 
 def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
-    names = block_sparse_forward.arg_names
+    kernel = KERNELS[variant.kernel]
+    names = kernel.arg_names
     constants = {
         "D": variant.D,
         "BD": width,
@@ -94,6 +111,7 @@ def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
         "BLOCK_K": variant.block,
         "BM": tile.rows,
         "BN": tile.keys,
+        "GROUP": min(tile.rows, variant.block),
         "RAGGED": variant.ends != "whole",
         "PRECISION": "ieee" if variant.dtype == "fp32" else "tf32",
     }
@@ -103,7 +121,10 @@ def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
         constants["valid_ptr"] = None
     if not tile.descriptors:
         constants |= dict.fromkeys(("q_desc", "k_desc", "v_desc"))
+    constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: _type(name, variant.dtype, tile, width) for name in names}
+    if variant.kernel == "mass":
+        signature["out_ptr"] = "*fp32"
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = [
         (names.index(name),)
@@ -112,7 +133,7 @@ def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
         and signature[name] != "constexpr"
     ]
     return ASTSource(
-        block_sparse_forward,
+        kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
         dict.fromkeys(aligned, [["tt.divisibility", 16]]),
@@ -171,7 +192,8 @@ def main() -> None:
         return
     for row in rows:
         print(
-            f"{row['arch']:7} D={row['D']:<3} {row['block']:<3} {row['ends']:6} {row['dtype']:4} "
+            f"{row['kernel']:9} {row['arch']:7} D={row['D']:<3} {row['block']:<3} "
+            f"{row['ends']:6} {row['dtype']:4} "
             f"{row['tile']:17} {row['registers']:3} registers {row['spilled_bytes']:4} spilled "
             f"{row['shared_bytes'] / 1024:5.0f} KiB {row['instructions']}"
         )
