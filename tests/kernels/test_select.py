@@ -85,8 +85,8 @@ def check(mask: BlockMask, keep: torch.Tensor) -> None:
 @pytest.mark.parametrize("per", ["row", "head"])
 @pytest.mark.parametrize("kind", SCORES)
 def test_exactly_the_highest(kind, per, backend, device):
-    score = SCORES[kind](1, 2, 3, 37)
-    count = 11 if per == "row" else 40
+    score = SCORES[kind](1, 2, 2, 37)
+    count = 11 if per == "row" else 30
     mask = top_blocks(score.to(device), count, 64, per=per, backend=backend)
     check(mask, top_by_hand(score, count, per))
 
@@ -133,12 +133,10 @@ def test_more_blocks_keep_those_of_fewer(per, backend, device):
 @pytest.mark.parametrize(
     ("per", "shape", "dtype"),
     [
-        ("row", (), torch.int64),
         ("row", (2,), torch.int32),
         ("row", (2, 1), torch.uint8),
         ("row", (2, 2, 2), torch.int32),
         ("row", (1, 1, 2), torch.int64),
-        ("head", (), torch.int32),
         ("head", (2, 1), torch.uint8),
         ("head", (2, 2), torch.int64),
     ],
@@ -151,9 +149,9 @@ def test_counts_of_heads_and_rows(per, shape, dtype, backend, device):
 
 
 @pytest.mark.parametrize("per", ["row", "head"])
-@pytest.mark.parametrize("shape", [(2, 5), (2, 1), (2, 1, 1, 5)])
+@pytest.mark.parametrize("shape", [(2, 5), (2, 1), (2, 1, 5)])
 def test_always_is_beyond_the_budget(shape, per, backend, device):
-    score = tied_scores(2, 2, 2, 5)
+    score = tied_scores(1, 2, 2, 5)
     always = torch.rand(shape) < 0.4
     mask = top_blocks(score.to(device), 2, 64, per=per, always=always.to(device), backend=backend)
     check(mask, top_by_hand(score, 2, per, always))
