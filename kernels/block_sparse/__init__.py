@@ -25,7 +25,7 @@ BACKENDS = {
     "gather": "vdit_sparse.kernels.block_sparse.gather",
     "reference": "vdit_sparse.kernels.block_sparse.reference",
 }
-PRECISIONS = ("bf16",)
+PRECISIONS = ("bf16", "int8_bf16", "int8_fp8")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -45,13 +45,23 @@ def block_sparse_attention(
     q `[B, H, S, D]`, k and v `[B, H, keys, D]`, fp16, bf16 or fp32, any strides with unit last one;
     mask: `ceil(S / block_q)` lists over `ceil(keys / block_k)` key blocks; scale: default D^-0.5;
     kv_len: int32 `[B]`, keys from there on are masked in that batch row, whatever they hold;
-    precision: "bf16", products in the inputs' own dtype, sums and softmax in fp32;
+    precision: sums and softmax are in fp32, the products
+        "bf16": in the inputs' own dtype;
+        "int8_bf16": INT8 QK, weights and v in the inputs' own dtype (fp32 included);
+        "int8_fp8": INT8 QK, weights and v in fp8 e4m3;
     backend: a name in `BACKENDS`, which runs or raises; default `choose_backend(q, k, v, mask)`.
 
     Returns out, shape, dtype and memory order of q, and lse, fp32 `[B, H, S]`, the natural log of
     the sum of exponentials. A row without keys gives 0 and -inf. Inference only: raises under
     autograd. One opaque operator for torch.compile. The loop over blocks is FlashAttention-2's
     (arXiv 2307.08691, algorithm 1).
+
+    The 8-bit precisions are SageAttention's (arXiv 2410.02367; fp8: 2411.10958): q and k, less the
+    mean key, have one scale per block of the mask and head, v one per channel (`kernels.quant`,
+    which says what they need of q, k and v). Weights of e4m3 are rounded as 448 exp(score - running
+    maximum), since 448 is the largest e4m3 number; their sum is taken before rounding, and each
+    tile's product is added to an fp32 accumulator. lse is of the quantised scores, with the mean
+    key's part put back.
     """
     _check_tensors(q, k, v, kv_len)
     _check_mask(q, k, mask)
@@ -79,9 +89,13 @@ def explain(
 def choose_backend(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, precision: str = "bf16"
 ) -> str:
-    """The backend of a call that names none: Triton on a GPU if it takes the call, else gather."""
+    """The backend of a call that names none: Triton on a GPU if it takes the call, else gather.
+
+    gather knows "bf16" only: on a GPU the other precisions always go to Triton, whose reason
+    against a call is the one that helps.
+    """
     on_gpu = q.device.type == "cuda"
-    if on_gpu and _reason("triton", (q, k, v, mask, precision)) is None:
+    if on_gpu and (precision != "bf16" or _reason("triton", (q, k, v, mask, precision)) is None):
         return "triton"
     return "gather"
 
@@ -118,9 +132,9 @@ def _operator(
     if reason is not None:
         raise ValueError(
             f"backend {name!r} does not take this call: {reason}. Leave `backend` out, or see "
-            "`explain(q, k, v, mask)` for the others."
+            "`explain(q, k, v, mask, precision)` for the others."
         )
-    return _load(name).forward(q, k, v, mask, scale, kv_len)
+    return _load(name).forward(q, k, v, mask, scale, kv_len, precision)
 
 
 @_operator.register_fake

@@ -23,14 +23,25 @@ DEVICE_BUDGET = 256 * 2**20
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, precision: str) -> str | None:
-    """None: this backend computes everything that the public function accepts."""
+    """None if this backend computes the call, else the reason why it does not."""
+    if precision != "bf16":
+        return (
+            f"plain torch has no fast {precision}; use precision='bf16', or backend='reference' "
+            "for the same rounding, slowly"
+        )
     return None
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, kv_len: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    scale: float,
+    kv_len: Tensor | None = None,
+    precision: str = "bf16",
 ) -> tuple[Tensor, Tensor]:
-    """See `block_sparse_attention`."""
+    """See `block_sparse_attention`; "bf16" is the only precision that `supports` lets through."""
     B, H, S, D = q.shape
     k, v, bias = _masked_keys(k, v, mask, kv_len)
     queries = pad(q, (0, 0, 0, mask.nq * mask.block_q - S)).unflatten(2, (mask.nq, mask.block_q))

@@ -71,6 +71,11 @@ POINTER_TILES = {
     ("sm_90", 128, 64): Tile(64, 64, 4, 2),
     ("sm_100", 128, 128): Tile(128, 64, 8, 3),
 }
+# Where the tiles above would spill in the 8-bit kernel; by registers alone, not measured.
+INT8_TILES = {
+    ("sm_90", 128, 128, "int8_fp8"): Tile(64, 128, 4, 2, descriptors=True),
+    ("sm_100", 128, 128, "int8_bf16"): Tile(128, 64, 8, 3, descriptors=True),
+}
 
 
 @cache
@@ -96,12 +101,17 @@ def nearest(arch: str) -> str:
 
 
 def tile_for(
-    arch: str, width: int, itemsize: int, blocks: tuple[int, int], descriptors: bool = False
+    arch: str,
+    width: int,
+    itemsize: int,
+    blocks: tuple[int, int],
+    descriptors: bool = False,
+    precision: str = "bf16",
 ) -> Tile:
     """The tile on `arch` for `width`, D rounded up to a power of two, and query and key blocks of
-    `blocks` tokens; `descriptors`: whether the layout allows them."""
+    `blocks` tokens; itemsize: bytes of a value; `descriptors`: whether the layout allows them."""
     key = (nearest(arch), max(width, 64), blocks[0])
-    tile = SMALL_TILES.get((key[1], itemsize)) or TILES[key]
+    tile = SMALL_TILES.get((key[1], itemsize)) or INT8_TILES.get((*key, precision)) or TILES[key]
     if tile.descriptors and not descriptors:
         tile = POINTER_TILES.get(key) or replace(tile, descriptors=False)
     return replace(tile, rows=min(tile.rows, blocks[0]), keys=min(tile.keys, blocks[1]))

@@ -174,7 +174,17 @@ INTERPRETED = not isinstance(block_sparse_forward, triton.runtime.JITFunction)
 
 def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, precision: str) -> str | None:
     """None if this backend computes the call, else the reason why it does not."""
-    return why_not_here(q)
+    return why_not_here(q) or (why_no_fp8(q.device) if precision == "int8_fp8" else None)
+
+
+def why_no_fp8(device: torch.device) -> str | None:
+    """Why Triton does not multiply e4m3 numbers on `device`, None if it does."""
+    arch = architecture(device)
+    if INTERPRETED:
+        return "Triton's interpreter rounds to e4m3 wrongly"
+    if not arch.startswith("sm_") or int(arch[3:]) < 89:
+        return f"int8_fp8 needs NVIDIA compute capability 8.9, this is {arch}; use int8_bf16"
+    return None
 
 
 def why_not_here(q: Tensor) -> str | None:
@@ -194,9 +204,20 @@ def why_not_here(q: Tensor) -> str | None:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, kv_len: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    scale: float,
+    kv_len: Tensor | None = None,
+    precision: str = "bf16",
 ) -> tuple[Tensor, Tensor]:
     """See `block_sparse_attention`."""
+    if precision != "bf16":
+        # That module shares functions of this one.
+        from vdit_sparse.kernels.block_sparse.int8 import triton as int8
+
+        return int8.forward(q, k, v, mask, scale, kv_len, precision)
     return launch(q, k, v, mask, scale, kv_len, choose_tile(q, k, v, mask))
 
 

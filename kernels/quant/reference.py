@@ -1,0 +1,57 @@
+"""Quantisation in plain torch: the specification."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vdit_sparse.kernels.quant import Quantized
+
+INT8_LARGEST = 127
+E4M3_LARGEST = 448
+# Keeps the scale of a block of zeros from being zero.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+def mean_key(k: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over the real keys, fp32 `[B, H, D]`; 0 without any."""
+    if real is None:
+        return k.mean(2, dtype=torch.float32)
+    return _real_only(k, real).sum(2) / real.sum(1).clamp(min=1)[:, None, None]
+
+
+def quantize_queries(q: Tensor, block: int, mean: Tensor) -> tuple[Quantized, Tensor]:
+    """INT8 queries and q . mean, see `smooth_quantize`."""
+    q = q.float()
+    shift = (q @ mean[..., None]).squeeze(-1)
+    return _quantize_blocks(torch.where(q.isfinite(), q, 0), block), shift
+
+
+def quantize_keys(k: Tensor, block: int, mean: Tensor, real: Tensor | None) -> Quantized:
+    """INT8 keys less their mean, see `smooth_quantize`."""
+    k = k.float() - mean[:, :, None]
+    return _quantize_blocks(k if real is None else _real_only(k, real), block)
+
+
+def quantize_channels(v: Tensor, block: int, real: Tensor | None) -> Quantized:
+    """See `quantize_values`."""
+    v = v.float() if real is None else _real_only(v, real)
+    scale = (v.abs().amax(2) / E4M3_LARGEST).clamp(min=SMALLEST_SCALE)
+    levels = (v / scale[:, :, None]).clamp(-E4M3_LARGEST, E4M3_LARGEST)
+    values = _whole_blocks(levels, block).transpose(2, 3).to(torch.float8_e4m3fn)
+    return Quantized(values.contiguous(), scale)
+
+
+def _quantize_blocks(x: Tensor, block: int) -> Quantized:
+    blocks = _whole_blocks(x, block).unflatten(2, (-1, block))
+    scale = (blocks.abs().amax((3, 4)) / INT8_LARGEST).clamp(min=SMALLEST_SCALE)
+    values = (blocks / scale[..., None, None]).round().to(torch.int8)
+    return Quantized(values.flatten(2, 3), scale)
+
+
+def _whole_blocks(x: Tensor, block: int) -> Tensor:
+    return pad(x, (0, 0, 0, -x.shape[2] % block))
+
+
+def _real_only(x: Tensor, real: Tensor) -> Tensor:
+    """fp32, zero where no real key is."""
+    return torch.where(real[:, None, :, None], x.float(), 0)

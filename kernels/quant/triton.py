@@ -1,0 +1,164 @@
+"""Quantisation on a GPU in three passes: sums over channels, queries and keys, values.
+
+One program takes one block of one head; letters: `B H N D` as in the public functions, BD is D
+rounded up to a power of two, ROWS the tokens of a block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vdit_sparse.kernels.quant import Quantized
+from vdit_sparse.kernels.quant.reference import E4M3_LARGEST, INT8_LARGEST, SMALLEST_SCALE
+
+STATISTICS_ROWS = 128  # tokens that one program sums up
+WARPS = 8
+
+
+@triton.jit
+def _load_real(
+    x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """fp32 tile of this program's block, zero where no real token is, and which rows are real."""
+    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BD)
+    real = rows < N
+    if real_ptr is not None:
+        real = real & (tl.load(real_ptr + b * real_b + rows, mask=real, other=0) != 0)
+    pointers = x_ptr + b * x_b + h * x_h + rows.to(tl.int64)[:, None] * x_s + columns[None, :]
+    tile = tl.load(pointers, mask=real[:, None] & (columns < D)[None, :], other=0.0)
+    return tile.to(tl.float32), real
+
+
+@triton.jit
+def channel_statistics(
+    x_ptr, real_ptr, out_ptr, x_b, x_h, x_s, real_b, H, N,
+    LARGEST: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Each block's sum over tokens, or its largest magnitude, fp32 `[B * H, blocks, D]`."""
+    x, _ = _load_real(x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD, ROWS)
+    result = tl.max(tl.abs(x), 0) if LARGEST else tl.sum(x, 0)
+    block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    columns = tl.arange(0, BD)
+    tl.store(out_ptr + block * D + columns, result, mask=columns < D)
+
+
+@triton.jit
+def quantize_rows(
+    x_ptr, real_ptr, mean_ptr, values_ptr, scale_ptr, shift_ptr,
+    x_b, x_h, x_s, real_b, H, N, smallest,
+    LARGEST: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """INT8 of one block. shift_ptr: queries, whose product with the mean goes there, or None: keys,
+    from which the mean is taken off."""
+    x, real = _load_real(x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD, ROWS)
+    columns = tl.arange(0, BD)
+    head = tl.program_id(1).to(tl.int64)
+    mean = tl.load(mean_ptr + head * D + columns, mask=columns < D, other=0.0)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if shift_ptr is not None:
+        tl.store(shift_ptr + head * N + rows, tl.sum(x * mean[None, :], 1), mask=rows < N)
+        x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    else:
+        x = tl.where(real[:, None], x - mean[None, :], 0.0)
+    scale = tl.maximum(tl.math.div_rn(tl.max(tl.abs(x)), LARGEST * 1.0), smallest)
+    block = head * tl.num_programs(0) + tl.program_id(0)
+    tl.store(scale_ptr + block, scale)
+    # Adding 1.5 * 2^23 leaves no bits for fractions: the sum is rounded to nearest even.
+    levels = tl.math.div_rn(x, tl.zeros_like(x) + scale) + 12582912.0
+    values = (levels - 12582912.0).to(tl.int8)
+    pointers = values_ptr + (block * ROWS + tl.arange(0, ROWS))[:, None] * D + columns[None, :]
+    tl.store(pointers, values, mask=(columns < D)[None, :])
+
+
+@triton.jit
+def quantize_columns(
+    x_ptr, real_ptr, scale_ptr, values_ptr, x_b, x_h, x_s, real_b, H, N,
+    LARGEST: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """fp8 e4m3 of one block with the scales given, stored with channels as rows."""
+    x, _ = _load_real(x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD, ROWS)
+    columns = tl.arange(0, BD)
+    head = tl.program_id(1).to(tl.int64)
+    scale = tl.load(scale_ptr + head * D + columns, mask=columns < D, other=1.0)
+    levels = tl.math.div_rn(x, tl.zeros_like(x) + scale[None, :])
+    levels = tl.minimum(tl.maximum(levels, -LARGEST * 1.0), LARGEST * 1.0)
+    slots = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    channels = (head * D + columns) * (tl.num_programs(0) * ROWS)
+    pointers = values_ptr + channels[None, :] + slots[:, None]
+    tl.store(pointers, levels.to(tl.float8e4nv), mask=(columns < D)[None, :])
+
+
+def mean_key(k: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over the real keys, fp32 `[B, H, D]`; 0 without any."""
+    sums = _statistics(k, real, largest=False).sum(2)
+    if real is None:
+        return sums / k.shape[2]
+    return sums / real.sum(1).clamp(min=1)[:, None, None]
+
+
+def quantize_queries(q: Tensor, block: int, mean: Tensor) -> tuple[Quantized, Tensor]:
+    """INT8 queries and q . mean, see `smooth_quantize`."""
+    shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return _rows(q, block, mean, None, shift), shift
+
+
+def quantize_keys(k: Tensor, block: int, mean: Tensor, real: Tensor | None) -> Quantized:
+    """INT8 keys less their mean, see `smooth_quantize`."""
+    return _rows(k, block, mean, real, None)
+
+
+def quantize_channels(v: Tensor, block: int, real: Tensor | None) -> Quantized:
+    """See `quantize_values`."""
+    B, H, N, D = v.shape
+    scale = _statistics(v, real, largest=True).amax(2) / E4M3_LARGEST
+    scale = scale.clamp(min=SMALLEST_SCALE).contiguous()
+    blocks = triton.cdiv(N, block)
+    values = torch.empty(B, H, D, blocks * block, dtype=torch.float8_e4m3fn, device=v.device)
+    with torch.cuda.device_of(v):
+        quantize_columns[(blocks, B * H)](
+            v, real, scale, values, *v.stride()[:3], _batch_stride(real), H, N,
+            LARGEST=E4M3_LARGEST, **_shape(D, block),
+        )  # fmt: skip
+    return Quantized(values, scale)
+
+
+def _rows(
+    x: Tensor, block: int, mean: Tensor, real: Tensor | None, shift: Tensor | None
+) -> Quantized:
+    B, H, N, D = x.shape
+    blocks = triton.cdiv(N, block)
+    values = torch.empty(B, H, blocks * block, D, dtype=torch.int8, device=x.device)
+    scale = torch.empty(B, H, blocks, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        quantize_rows[(blocks, B * H)](
+            x, real, mean.contiguous(), values, scale, shift,
+            *x.stride()[:3], _batch_stride(real), H, N, SMALLEST_SCALE,
+            LARGEST=INT8_LARGEST, **_shape(D, block),
+        )  # fmt: skip
+    return Quantized(values, scale)
+
+
+def _statistics(x: Tensor, real: Tensor | None, largest: bool) -> Tensor:
+    """Sums or largest magnitudes of parts of the sequence, fp32 `[B, H, parts, D]`."""
+    B, H, N, D = x.shape
+    parts = triton.cdiv(N, STATISTICS_ROWS)
+    out = torch.empty(B, H, parts, D, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        channel_statistics[(parts, B * H)](
+            x, real, out, *x.stride()[:3], _batch_stride(real), H, N,
+            LARGEST=largest, **_shape(D, STATISTICS_ROWS),
+        )  # fmt: skip
+    return out
+
+
+def _shape(D: int, rows: int) -> dict[str, int]:
+    return {"D": D, "BD": triton.next_power_of_2(D), "ROWS": rows, "num_warps": WARPS}
+
+
+def _batch_stride(real: Tensor | None) -> int:
+    """Stride of the batch, 0 where one row is shared."""
+    return 0 if real is None or real.shape[0] == 1 else real.stride(0)
