@@ -93,10 +93,9 @@ class DraftAttention(SparseAttention):
     def draft_map(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
         """Logarithm of the draft map for q, k `[B, H, S, D]`: fp32 `[B, H, g, g]`, the regions of
         queries and keys in raster order of (frame, row, column)."""
-        order, valid = region_order(grid, self.region(grid), q.device)
-        g = math.prod(regions_of(grid, self.region(grid)))
-        regions = {"order": order[: g * self.block], "valid": None if valid is None else valid[:g]}
-        q, k = (pool_blocks(x, self.block, **regions) for x in (q, k))
+        order, _ = region_order(grid, self.region(grid), q.device)
+        video = order[: math.prod(regions_of(grid, self.region(grid))) * self.block]
+        q, k = (pool_blocks(x, self.block, order=video) for x in (q, k))
         logits = (q * q.shape[-1] ** -0.5) @ k.mT
         return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
