@@ -44,15 +44,15 @@ class DraftAttention(SparseAttention):
         row keeps at least its best region.
     sink_frames: leading frames kept as keys; 0 in the paper, 1 in LightX2V.
     intra_frame: a region always sees its own frame; False in the paper, True in LightX2V.
-    dense_steps: the paper's first 25 %. The released code has timestep thresholds instead, 30 % of
-        the steps at its own settings, and runs layer 0 (Wan) or 0 and 1 (HunyuanVideo) dense:
+    dense_steps: the paper's first 25 %. The released code has timestep thresholds instead, 27 to
+        30 % of the steps at its settings, and runs layer 0 (Wan) or 0 and 1 (HunyuanVideo) dense:
         `dense_layers` is 0 here, as the paper names none.
 
     Where we differ: the map is fp32 and ranked by its logarithm, for bf16 probabilities tie and
     underflow (the released map is bf16, the theorem of the paper is about logits, whose ranking is
     another). Any grid works: slots past the frame's edge are masked, and a mean is over the real
-    tokens; a smaller region weighs as much as a whole one. Each batch row has its own map; the
-    released code took the first row's for all. Raises ValueError for a field out of range.
+    tokens; a smaller region weighs as much as a whole one. Each batch row has its own map, as in
+    the released variant for guidance; the other takes the first row's. Raises ValueError for a field out of range.
     """
 
     density: float = 0.25
