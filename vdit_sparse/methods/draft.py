@@ -52,7 +52,8 @@ class DraftAttention(SparseAttention):
     underflow (the released map is bf16, the theorem of the paper is about logits, whose ranking is
     another). Any grid works: slots past the frame's edge are masked, and a mean is over the real
     tokens; a smaller region weighs as much as a whole one. Each batch row has its own map, as in
-    the released variant for guidance; the other takes the first row's. Raises ValueError for a field out of range.
+    the released variant for guidance; the other takes the first row's. Raises ValueError
+    for a field out of range.
     """
 
     density: float = 0.25
