@@ -21,13 +21,18 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
 
 _HOMES = {
+    "AdaSpaAttention": "vdit_sparse.methods",
     "BlockMask": "vdit_sparse.kernels.block_mask",
     "Call": "vdit_sparse.method",
+    "DraftAttention": "vdit_sparse.methods",
     "Grid": "vdit_sparse.grid",
     "METHODS": "vdit_sparse.methods",
+    "PAROAttention": "vdit_sparse.methods",
     "Plan": "vdit_sparse.method",
     "RadialAttention": "vdit_sparse.methods",
+    "RettentionAttention": "vdit_sparse.methods",
     "SparseAttention": "vdit_sparse.method",
+    "SparseVDiTAttention": "vdit_sparse.methods",
     "WanImageToVideoPipeline": "vdit_sparse.pipelines.wan",
     "WanPipeline": "vdit_sparse.pipelines.wan",
     "apply": "vdit_sparse.pipelines.attach",
