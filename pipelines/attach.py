@@ -83,7 +83,16 @@ def summary(target: Target) -> Summary:
     latest = max(run.clock.run for run in runs)
     entries = [settle(entry) for run in runs if run.clock_run == latest for entry in run.entries]
     backend, reasons = next((run.backend for run in runs if run.backend), (None, {}))
-    return Summary(" / ".join(methods), tuple(entries), backend, reasons)
+    clock = runs[0].clock
+    return Summary(
+        method=" / ".join(methods),
+        entries=tuple(entries),
+        backend=backend,
+        reasons=reasons,
+        grid=clock.grid,
+        layers=len(runs[0].processors),
+        steps=clock.steps,
+    )
 
 
 class SparsePipelineMixin:

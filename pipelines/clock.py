@@ -20,14 +20,14 @@ class Clock:
     died, when steps go back, when the timestep rises, or when a branch comes twice at a first step.
 
     steps_of: () -> number of denoising steps, or None where nobody knows.
-    run: number of the run, 0 before the first.
+    run: number of the run, 0 before the first; grid: of the last model call.
     """
 
     steps_of: Callable[[], int | None] = lambda: None
     run: int = 0
     step: int = 0
     steps: int | None = None
-    _grid: Grid | None = None
+    grid: Grid | None = None
     _in_call: bool = False
     _timestep: float | None = None
     _ended: bool = True
@@ -39,9 +39,9 @@ class Clock:
 
     def check(self, grid: Grid) -> None:
         """Before a model call: another size, or a call that never came back, ends the run."""
-        if self._in_call or grid != self._grid:
+        if self._in_call or grid != self.grid:
             self.end()
-        self._grid = grid
+        self.grid = grid
 
     def done(self) -> None:
         """After a model call."""

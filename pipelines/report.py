@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from vdit_sparse.grid import Grid
+
 
 @dataclass(frozen=True, eq=False)
 class Entry:
@@ -34,6 +36,8 @@ class Entry:
 class Summary:
     """The last run of a pipeline or transformer; printing it gives a table.
 
+    grid: its tokens; layers: self-attention layers of a transformer; steps: denoising steps of the
+    whole run; None where nobody knows, as before the first run.
     backend: the kernel backend of its sparse calls; reasons: every backend with None if it could
     have run them, else why not.
     """
@@ -42,6 +46,9 @@ class Summary:
     entries: tuple[Entry, ...] = ()
     backend: str | None = None
     reasons: dict[str, str | None] = field(default_factory=dict)
+    grid: Grid | None = None
+    layers: int | None = None
+    steps: int | None = None
 
     @property
     def calls(self) -> int:

@@ -8,10 +8,11 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -43,7 +44,7 @@ class Calibration:
 
     method: class name of the method; fields: of its search; origin: the model that was searched;
     grid, layers, steps: of the searched runs; prompts, seeds: what was generated; versions: of the
-    packages that did it; tensors: what was found, on the CPU.
+    packages that did it (None: not there); tensors: what was found, on the CPU.
     """
 
     path: str
@@ -55,7 +56,7 @@ class Calibration:
     steps: int
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    versions: Mapping[str, str]
+    versions: Mapping[str, str | None]
     tensors: Mapping[str, Tensor]
 
     def tensor(self, name: str, expert: str) -> Tensor:
@@ -70,7 +71,9 @@ class Calibration:
         return found
 
     def step_of(self, call: Call) -> int:
-        """The searched step at the same share of the run as the call's step."""
+        """The searched step nearest to the share of the run that the call's step is at, the first
+        step being 0 and the last 1; the even one of two as near. Where the call's number of steps
+        is unknown, the step of the same number, or the last."""
         if call.steps in (None, self.steps):
             return min(call.step, self.steps - 1)
         share = call.step / max(call.steps - 1, 1)
@@ -112,8 +115,9 @@ class CalibrationWarning(UserWarning):
 class CalibratedAttention(SparseAttention):
     """Base of the methods that need a calibration file.
 
-    calibration: the file, or a folder of files of which that for the method and the grid is taken;
-        None: those that come with the checkpoint, in its folder `calibrations`.
+    calibration: the file, or a folder of files of which that for the method and the grid is taken
+        (of several, that for the model's configuration, then for the number of steps; what is still
+        open raises); None: those that come with the checkpoint, in its folder `calibrations`.
     block: None for the file's; another one than the file's raises.
     """
 
@@ -138,8 +142,8 @@ class CalibratedAttention(SparseAttention):
                 f"{name} needs a calibration for this model and size: make one with `vdit-sparse "
                 "calibrate` and pass calibration=FILE."
             )
-        path = _choose(source, name, call.grid)
-        found = _loaded(str(path), path.stat().st_mtime_ns) if path.is_file() else load(path)
+        path = _choose(source, name, call)
+        found = _loaded(str(path), _changed(path))
         found.check(name, call)
         if self.block not in (None, found.fields["block"]):
             raise ValueError(
@@ -151,17 +155,22 @@ class CalibratedAttention(SparseAttention):
 
 def save(calibration: Calibration) -> None:
     """Writes a calibration to its path, at once: a run that dies leaves no half of a file."""
-    content = asdict(calibration)
-    path, tensors = Path(content.pop("path")), dict(content.pop("tensors"))
+    content = {each.name: getattr(calibration, each.name) for each in fields(calibration)}
+    path, tensors = Path(content.pop("path")), content.pop("tensors")
+    for name in ("fields", "versions"):
+        content[name] = dict(content[name])
     grid = calibration.grid
     content["grid"] = [grid.frames, grid.height, grid.width, grid.text]
+    content["origin"] = asdict(calibration.origin)
     content["format"] = FORMAT
+    header = {HEADER: json.dumps(content)}
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.half")
-    save_file(
-        {k: v.contiguous().cpu() for k, v in tensors.items()}, half, {HEADER: json.dumps(content)}
-    )
-    os.replace(half, path)
+    try:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, half, header)
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> Calibration:
@@ -195,31 +204,77 @@ def read_header(path: str | Path) -> dict:
         ) from error
     if version != FORMAT:
         raise ValueError(f"{path} has format {version!r}, this version reads {FORMAT}.")
-    bad = [name for name, kind in ENTRIES.items() if not isinstance(header.get(name), kind)]
+    bad = _bad_entries(header)
     if bad:
-        raise ValueError(f"{path} is no whole calibration file: {', '.join(bad)} missing or wrong.")
+        raise ValueError(
+            f"{path} is no whole calibration file: {', '.join(bad)} missing or wrong. Make one "
+            "with `vdit-sparse calibrate`."
+        )
     return header
+
+
+def _bad_entries(header: dict) -> list[str]:
+    """The entries that are missing, or are not what they should be."""
+    bad = [name for name, kind in ENTRIES.items() if type(header.get(name)) is not kind]
+    checks = {
+        "fields": lambda given: type(given.get("block")) is int,
+        "origin": lambda given: (
+            given.keys() == asdict(Origin()).keys() and _all(str, [*given.values()])
+        ),
+        "grid": lambda given: (
+            len(given) == 4 and _all(int, given) and min(given[:3]) > 0 <= given[3]
+        ),
+        "layers": lambda given: given > 0,
+        "steps": lambda given: given > 0,
+        "prompts": lambda given: _all(str, given),
+        "seeds": lambda given: _all(int, given),
+    }
+    return bad or [name for name, check in checks.items() if not check(header[name])]
+
+
+def _all(kind: type, values: list) -> bool:
+    return all(type(value) is kind for value in values)
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 @lru_cache(maxsize=8)
 def _loaded(path: str, changed: int) -> Calibration:
-    return load(path)
+    # It outlives the inference mode of whoever asked first.
+    with torch.inference_mode(False):
+        return load(path)
 
 
-def _choose(source: str, method: str, grid: Grid) -> Path:
+@lru_cache(maxsize=64)
+def _header(path: Path, changed: int) -> dict:
+    return read_header(path)
+
+
+def _choose(source: str, method: str, call: Call) -> Path:
     """`source` itself, or of a folder the file for this method and grid."""
-    path = Path(source)
+    path, grid = Path(source), call.grid
     if not path.is_dir():
         return path
-    headers = {file: read_header(file) for file in sorted(path.glob("*.safetensors"))}
-    mine = {file: h["grid"] for file, h in headers.items() if h["method"] == method}
+    headers = {file: _header(file, _changed(file)) for file in sorted(path.glob("*.safetensors"))}
+    mine = {file: header for file, header in headers.items() if header["method"] == method}
     wanted = [grid.frames, grid.height, grid.width, grid.text]
-    fitting = [file for file, size in mine.items() if size == wanted]
+    fitting = {file: header for file, header in mine.items() if header["grid"] == wanted}
     if not fitting:
-        there = ", ".join(map(str, mine.values())) or "none"
+        there = ", ".join(sorted({str(header["grid"]) for header in mine.values()})) or "none"
         raise ValueError(
             f"{source} has no calibration of {method} for the token grid {wanted} (it has "
             f"{there}): make one with `vdit-sparse calibrate`, or use a size that it has."
+        )
+    own = {file: h for file, h in fitting.items() if h["origin"]["config"] == call.origin.config}
+    fitting = own or fitting
+    own = {file: header for file, header in fitting.items() if header["steps"] == call.steps}
+    fitting = list(own or fitting)
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{source} has {len(fitting)} calibrations of {method} for the token grid {wanted}: "
+            f"{', '.join(file.name for file in fitting)}. Pass one of them as calibration=FILE."
         )
     return fitting[0]
 
