@@ -17,7 +17,7 @@ from tests.methods.sparse_vdit_cases import (
     written,
 )
 from tests.tiny_models import WAN_CALL, tiny_wan
-from vdit_sparse.calibration import save
+from vdit_sparse.calibration import load, save
 from vdit_sparse.eval.calibrators.sparse_vdit import SparseVDiTSearch
 from vdit_sparse.grid import Grid
 from vdit_sparse.methods.sparse_vdit import Patterns, SparseVDiTAttention, mode_masks
@@ -138,6 +138,9 @@ def test_calls_go_on_with_what_they_chose_and_a_run_repeats_it(tmp_path, device)
     assert (out[:, 4] == 0).all()
     path = tmp_path / "found.safetensors"
     save(written(path, found, BLOCKS, GRID, 1, 1))
+    back = load(path)
+    assert SparseVDiTSearch(**back.fields) == BLOCKS
+    assert all(torch.equal(back.tensors[name], tensor) for name, tensor in found.items())
     call = call_at(steps=1)
     method = SparseVDiTAttention(calibration=str(path))
     torch.testing.assert_close(method(q, k, v, call), out, atol=1e-6, rtol=0)
@@ -163,6 +166,16 @@ def test_samples_branches_and_steps_are_averaged_where_they_should(device):
     mean = (alone[0] + alone[1]) / 2
     torch.testing.assert_close(losses[0, 0, :, :3], mean[:, :3], atol=1e-6, rtol=0)
     torch.testing.assert_close(losses[1, 0, :, :3], alone[1][:, :3], atol=1e-6, rtol=0)
+
+
+def test_what_was_recorded_outlives_inference_mode(device):
+    recorder = BLOCKS.recorder()
+    q, k, v = torch.randn(3, 1, 2, GRID.tokens, 16, device=device)
+    with torch.inference_mode():
+        recorder(q, k, v, call_at(steps=1))
+    recorder(q, k, v, call_at(steps=1))
+    for tensor in recorder.result().values():
+        assert not tensor.is_inference()
 
 
 def test_experts_stand_apart_and_what_did_not_run_is_marked(device):

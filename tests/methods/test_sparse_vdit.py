@@ -1,14 +1,14 @@
 """Sparse-vDiT: the geometry of its modes, their plan for a layer, and what it reads of a file."""
 
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.methods.sparse_vdit_cases import GRID, GRIDS, SEARCHED, calibration, call_at
-from vdit_sparse.calibration import CalibrationWarning
+from vdit_sparse.calibration import CalibrationWarning, load, save
 from vdit_sparse.grid import Grid
 from vdit_sparse.method import Plan, execute
 from vdit_sparse.methods.sparse_vdit import (
@@ -222,7 +222,12 @@ def test_what_does_not_fit_raises(tmp_path, device):
     path = calibration(tmp_path / "c2", [[[-1, -1]]] * 4)
     with pytest.raises(ValueError, match="0 searched steps of layer 0"):
         attention(path)(q, k, v, call_at())
-    path = calibration(tmp_path / "c3", [[[0, 1]]])
+    path = tmp_path / "c3"
+    found = load(calibration(path, [[[0, 1]]] * 4))
+    save(replace(found, fields={"block": 64}))
+    with pytest.raises(ValueError, match="lacks the field density, stripes, every, sink_frames"):
+        attention(str(path))(q, k, v, call_at())
+    path = calibration(tmp_path / "c4", [[[0, 1]]])
     with pytest.warns(CalibrationWarning, match="steps"):
         attention(path)(q, k, v, call_at())
 
