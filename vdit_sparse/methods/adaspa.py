@@ -46,7 +46,7 @@ class AdaSpaAttention(SparseAttention):
     Ours, where the sources are silent or disagree: steps count from 0; n is cut at H / 2 in the
     paper's rule too; heads compete within a batch row; slots past the end are masked, not scored as
     zeros; a row keeps at least one block ("head": within the map's budget); the dense pass has
-    precision "bf16". Raises ValueError for a field out of range.
+    precision "bf16"; `backend` is that of attention alone. ValueError for a field out of range.
     """
 
     density: float = 0.2
