@@ -60,7 +60,7 @@ class SparseVDiTSearch(Patterns):
     method: ClassVar[type[SparseAttention]] = SparseVDiTAttention
 
     penalty: float = 0.5
-    epsilon: float = 0.6
+    epsilon: float = 0.4
     loss: str = "relative"
     cost: str = "time"
 
