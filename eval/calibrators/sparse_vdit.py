@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_mass import block_mass
-from vdit_sparse.method import Call, Plan, SparseAttention, check_choice, execute
+from vdit_sparse.method import Call, Plan, SparseAttention, check_choice, check_number, execute
 from vdit_sparse.methods.sparse_vdit import (
     FULL,
     MODES,
@@ -42,6 +42,9 @@ class SparseVDiTSearch(Patterns):
 
     penalty: the paper's lambda, at least 0. epsilon: at least 0, or infinity for no full heads;
         in units of e, which are ours and not the paper's.
+    target: mean density over all searched steps, layers and heads at which to end (ours): the
+        final decision then takes the smallest epsilon that reaches it, or the nearest; the
+        trajectory keeps to `epsilon`. None: `epsilon` decides.
     loss: "relative": e_i = |O_i - O_0|^2 / |O_0|^2 of the head. Skipping would always have e = 1,
         so that its e is |O_0|^2 over the mean of that of the layer's heads: a head that adds little
         beside the others may go. "absolute": that mean is the denominator of all modes. The
@@ -61,6 +64,7 @@ class SparseVDiTSearch(Patterns):
 
     penalty: float = 0.5
     epsilon: float = 0.4
+    target: float | None = None
     loss: str = "relative"
     cost: str = "time"
 
@@ -71,6 +75,8 @@ class SparseVDiTSearch(Patterns):
             finite = value != math.inf or name == "epsilon"
             if type(value) not in (int, float) or not value >= 0 or not finite:
                 raise ValueError(f"{name} must be {high} of at least 0, got {value!r}.")
+        if self.target is not None:
+            check_number("target", self.target, 0, 1)
         check_choice("loss", self.loss, ("relative", "absolute"))
         check_choice("cost", self.cost, ("time", "blocks"))
 
@@ -78,21 +84,37 @@ class SparseVDiTSearch(Patterns):
         """A fresh recorder: apply it to the pipeline, run the prompts, ask for its `result`."""
         return SparseVDiTRecorder(search=self, block=self.block)
 
-    def decide(self, losses: Tensor, costs: Tensor) -> Tensor:
+    def decide(
+        self, losses: Tensor, costs: Tensor, epsilon: float | Tensor | None = None
+    ) -> Tensor:
         """Modes int64 `[...]` for losses `[..., 4]` of modes 1 to 4; costs: `[5]` on the CPU."""
         cheapest = costs[1:].argsort(stable=True).to(losses.device)
         best = cheapest[losses[..., cheapest].argmin(-1)] + 1
-        return torch.where((losses <= self.epsilon).any(-1), best, FULL)
+        limit = self.epsilon if epsilon is None else epsilon
+        return torch.where((losses <= limit).any(-1), best, FULL)
+
+    def settle(self, losses: Tensor, costs: Tensor, densities: Tensor) -> Tensor:
+        """The final modes int64 `[...]`; densities: `[5]` of each mode. Heads with NaN do not
+        count towards `target`."""
+        if self.target is None:
+            return self.decide(losses, costs)
+        least = losses.amin(-1)
+        saved = 1 - densities[self.decide(losses, costs, math.inf)]
+        order = least.flatten().argsort(stable=True)[: int((~least.isnan()).sum())]
+        reached = 1 - saved.flatten()[order].cumsum(0) / len(order)
+        enough = int((reached > self.target).sum())
+        limit = least.flatten()[order[min(enough, len(order) - 1)]]
+        return self.decide(losses, costs, limit)
 
 
 @dataclass(eq=False)
 class Record:
     """What a recorder has seen: sums of losses `[H, 4]` and how many by (expert, step, layer), mass
-    of key blocks `[H, nk]` by (expert, layer), and milliseconds and costs `[5]` by shape."""
+    of key blocks `[H, nk]` by (expert, layer); milliseconds, costs and densities `[5]` by shape."""
 
     losses: dict[tuple[str, int, int], tuple[Tensor, int]] = field(default_factory=dict)
     mass: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    costs: dict[tuple, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    costs: dict[tuple, tuple[Tensor | None, Tensor, Tensor]] = field(default_factory=dict)
     run: tuple[Grid, int, int] | None = None
 
     def check(self, call: Call) -> None:
@@ -172,8 +194,8 @@ class SparseVDiTRecorder(SparseAttention):
         losses = torch.full((steps, layers, heads, 4), torch.nan)
         for place, mean in means.items():
             losses[place] = mean
-        milliseconds, costs = next(iter(self.record.costs.values()))
-        modes = self.search.decide(losses, costs).masked_fill(losses.isnan().any(-1), -1)
+        milliseconds, costs, densities = next(iter(self.record.costs.values()))
+        modes = self.search.settle(losses, costs, densities).masked_fill(losses.isnan().any(-1), -1)
         found = {"modes": modes.to(torch.int8), "losses": losses}
         if self.search.stripes == "searched":
             mass = torch.stack([self.record.mass[expert, layer] for layer in range(layers)])
@@ -212,10 +234,9 @@ class SparseVDiTRecorder(SparseAttention):
             if self.search.cost == "time":
                 runs = [lambda plan=plan: self._run(*qkv, plan) for plan in plans]
                 milliseconds = torch.tensor([_milliseconds(run, shape[-1]) for run in runs])
-            costs = torch.tensor([plan.mask.density() for plan in plans])
-            if milliseconds is not None:
-                costs = milliseconds / milliseconds[FULL]
-            self.record.costs[shape] = (milliseconds, costs)
+            densities = torch.tensor([plan.mask.density() for plan in plans])
+            costs = densities if milliseconds is None else milliseconds / milliseconds[FULL]
+            self.record.costs[shape] = (milliseconds, costs, densities)
         return self.record.costs[shape][1]
 
 

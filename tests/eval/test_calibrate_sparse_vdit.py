@@ -276,3 +276,23 @@ def test_search_and_run_of_both_experts(tmp_path):
     entries = vdit_sparse.summary(pipe).entries
     assert all(0 <= entry.density < 1 for entry in entries)
     assert asdict(search)["stripes"] == Patterns().stripes
+
+
+def test_target_density_is_reached_by_the_smallest_epsilon():
+    search = SparseVDiTSearch(target=0.5, cost="blocks")
+    losses = torch.rand(4, 3, 5, 4)
+    losses[3] = torch.nan  # a step of the other expert
+    densities = torch.tensor([1.0, 0.0, 0.25, 0.25, 0.3])
+    modes = search.settle(losses, densities, densities)[:3]
+    found = densities[modes]
+    assert found.mean() <= 0.5 < found.mean() + 1.0 / found.numel()
+    kept = losses[:3].amin(-1)
+    assert kept[modes == 0].min() > kept[modes != 0].max()
+    sparser = replace(search, target=0.3).settle(losses, densities, densities)[:3]
+    assert ((modes != 0) <= (sparser != 0)).all()
+
+
+def test_a_target_below_all_patterns_ends_without_full_heads():
+    search = SparseVDiTSearch(target=0.01, cost="blocks")
+    densities = torch.tensor([1.0, 0.2, 0.25, 0.25, 0.3])
+    assert (search.settle(torch.rand(3, 4, 4), densities, densities) != 0).all()
