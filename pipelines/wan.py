@@ -8,7 +8,13 @@ from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv
 from torch import Tensor
 
 from vdit_sparse.grid import Grid
-from vdit_sparse.methods import RadialAttention
+from vdit_sparse.methods import (
+    AdaSpaAttention,
+    DraftAttention,
+    PAROAttention,
+    RadialAttention,
+    SparseVDiTAttention,
+)
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
 from vdit_sparse.pipelines.families import Family
 from vdit_sparse.pipelines.hook import SparseAttnProcessor
@@ -65,9 +71,9 @@ def _layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {f"blocks.{i}.attn1": block.attn1 for i, block in enumerate(transformer.blocks)}
 
 
-# Radial Attention's own settings: scripts/ of mit-han-lab/radial-attention at 72788d4, read in
-# methods/radial_sparsevdit_adaspa.md 1b; 50 steps unless said otherwise.
+# Published settings, but for the last; 50 steps unless said otherwise.
 PRESETS = {
+    # Radial Attention: scripts/ of mit-han-lab/radial-attention at 72788d4.
     # wan_t2v_inference.sh, 69 frames of 768x1280
     "radial-wan2.1": RadialAttention(decay=0.2, dense_layers=1, dense_steps=12),
     # 161 frames of 720x1280, with the authors' long-video LoRA
@@ -78,6 +84,36 @@ PRESETS = {
     "radial-wan2.1-4step": RadialAttention(decay=0.2, dense_layers=1, dense_steps=1),
     # wan_22_t2v_inference.sh, 77 frames of 768x1280, 40 steps
     "radial-wan2.2": RadialAttention(decay=0.8, dense_layers=1, dense_steps=11, block=64),
+    # The paper, 75,600 tokens; it does without dense steps on CogVideoX1.5 alone. The file of a
+    # calibration belongs into the checkpoint, or into calibration=.
+    "sparse-vdit-wan2.1": SparseVDiTAttention(dense_steps=10),
+    # The paper's for HunyuanVideo and CogVideoX1.5, with its own rule for heads; it has no Wan.
+    "adaspa-wan2.1": AdaSpaAttention(
+        density=0.2,
+        block=64,
+        dense_steps=10,
+        refresh=(10, 30),
+        recall_eval="base",
+        recall_threshold=0.8,
+    ),
+    # flagos-ai/FlagScale's port at 4d1cccd, examples/wan2_1/conf/inference/1.3b_adaspa.yaml: the
+    # 1.3B model, 81 frames of 480x832. It starts sparse and does not output its dense pass.
+    "adaspa-wan2.1-flagscale": AdaSpaAttention(
+        density=0.1,
+        block=128,
+        dense_steps=0,
+        refresh=(0, 30),
+        recall_eval="up",
+        recall_threshold=0.9,
+        dense_search=False,
+        first_frame_sink=True,
+        random_share=0.01,
+    ),
+    # 81 frames of 512x768 and 768x1280: dense steps of the paper, dense layer and density of
+    # shawnricecake/draft-attention at f3c81d5. The paper also has density 0.45.
+    "draft-wan2.1": DraftAttention(density=0.25, dense_steps=0.25, dense_layers=1),
+    # The paper: all of 30 steps are sparse. Needs a calibration, as sparse-vdit-wan2.1 does.
+    "paro-wan2.1": PAROAttention(dense_steps=0),
     # The bundled model, 16 steps: a dense quarter, as the authors advise, then the sparsest mask
     # that the rule has for seven frames of 448 tokens; docs/performance.md.
     "radial-mini": RadialAttention(d1="half", sink_frames=0, dense_steps=4, block=64),

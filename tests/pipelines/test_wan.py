@@ -9,7 +9,10 @@ from diffusers.hooks import apply_group_offloading
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.tiny_models import WAN_CALL, tiny_wan, tiny_wan_i2v, wan_i2v_call
-from vdit_sparse import RadialAttention, apply, load_pipeline, remove, summary
+from vdit_sparse import METHODS, RadialAttention, apply, load_pipeline, remove, summary
+from vdit_sparse.call import Call
+from vdit_sparse.grid import Grid
+from vdit_sparse.pipelines.wan import PRESETS
 
 DENSE = RadialAttention(block=64, dense_steps=10_000)
 ALL_BLOCKS = RadialAttention(block=64, decay=1e9, decimate=False)
@@ -178,6 +181,42 @@ def test_load_pipeline_refuses_what_it_cannot_run(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
     with pytest.raises(ValueError, match="SanaPipeline, which is not supported"):
         load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "dense_steps", "dense_layers"),
+    [
+        ("radial-wan2.1", 50, 12, 1),
+        ("radial-wan2.2", 40, 11, 1),
+        ("sparse-vdit-wan2.1", 50, 10, 0),
+        ("adaspa-wan2.1", 50, 10, 0),
+        ("adaspa-wan2.1-flagscale", 50, 0, 0),
+        ("draft-wan2.1", 50, 12, 1),
+        ("paro-wan2.1", 30, 0, 0),
+        ("radial-mini", 16, 4, 0),
+    ],
+)
+def test_presets_run_dense_where_their_sources_do(name, steps, dense_steps, dense_layers):
+    calls = {
+        (step, layer): Call(Grid(21, 45, 80), layer, 40, step, steps, memory={})
+        for step in range(steps)
+        for layer in range(40)
+    }
+    dense = {place for place, call in calls.items() if PRESETS[name].is_dense(call)}
+    assert dense == {(i, j) for i, j in calls if i < dense_steps or j < dense_layers}
+
+
+def test_presets_have_the_name_of_their_method():
+    for name, method in PRESETS.items():
+        assert type(method) is METHODS[name.rsplit("-wan" if "-wan" in name else "-mini", 1)[0]]
+
+
+@pytest.mark.parametrize("name", ["adaspa-wan2.1-flagscale", "draft-wan2.1"])
+def test_presets_that_start_sparse_leave_blocks_out(name):
+    pipe = tiny_wan()
+    pipe.set_attn_processor(name)
+    assert run(pipe, {**WAN_CALL, "width": 256}).isfinite().all()
+    assert 0 < summary(pipe).sparse_density < 1
 
 
 @pytest.mark.gpu
