@@ -13,6 +13,7 @@ from vdit_sparse.kernels.quant import Quantized
 from vdit_sparse.kernels.quant.reference import E4M3_LARGEST, INT8_LARGEST, SMALLEST_SCALE
 
 STATISTICS_ROWS = 128  # tokens that one program sums up
+VALUE_ROWS = 64  # tokens whose values one program rounds, at most; more would spill
 WARPS = 8
 
 
@@ -79,7 +80,7 @@ def quantize_columns(
     x_ptr, real_ptr, scale_ptr, values_ptr, x_b, x_h, x_s, real_b, H, N,
     LARGEST: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """fp8 e4m3 of one block with the scales given, stored with channels as rows."""
+    """fp8 e4m3 of ROWS tokens with the scales given, stored with channels as rows."""
     x, _ = _load_real(x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD, ROWS)
     columns = tl.arange(0, BD)
     head = tl.program_id(1).to(tl.int64)
@@ -116,12 +117,12 @@ def quantize_channels(v: Tensor, block: int, real: Tensor | None) -> Quantized:
     B, H, N, D = v.shape
     scale = _statistics(v, real, largest=True).amax(2) / E4M3_LARGEST
     scale = scale.clamp(min=SMALLEST_SCALE).contiguous()
-    blocks = triton.cdiv(N, block)
-    values = torch.empty(B, H, D, blocks * block, dtype=torch.float8_e4m3fn, device=v.device)
+    slots, rows = triton.cdiv(N, block) * block, min(VALUE_ROWS, block)
+    values = torch.empty(B, H, D, slots, dtype=torch.float8_e4m3fn, device=v.device)
     with torch.cuda.device_of(v):
-        quantize_columns[(blocks, B * H)](
+        quantize_columns[(slots // rows, B * H)](
             v, real, scale, values, *v.stride()[:3], _batch_stride(real), H, N,
-            LARGEST=E4M3_LARGEST, **_shape(D, block),
+            LARGEST=E4M3_LARGEST, **_shape(D, rows),
         )  # fmt: skip
     return Quantized(values, scale)
 

@@ -20,9 +20,32 @@ from triton.compiler import ASTSource
 from vdit_sparse.kernels.block_mass.triton import block_mass_forward
 from vdit_sparse.kernels.block_mass.triton import choose_tile as mass_tile
 from vdit_sparse.kernels.block_sparse import tiles
+from vdit_sparse.kernels.block_sparse.int8.triton import int8_forward
+from vdit_sparse.kernels.block_sparse.int8.triton import tile_of as int8_tile
 from vdit_sparse.kernels.block_sparse.triton import block_sparse_forward
+from vdit_sparse.kernels.quant import triton as quant
 
-KERNELS = {"attention": block_sparse_forward, "mass": block_mass_forward}
+KERNELS = {
+    "attention": block_sparse_forward,
+    "int8_bf16": int8_forward,
+    "int8_fp8": int8_forward,
+    "mass": block_mass_forward,
+    "statistics": quant.channel_statistics,
+    "queries": quant.quantize_rows,
+    "keys": quant.quantize_rows,
+    "values": quant.quantize_columns,
+}
+QUANT = ("statistics", "queries", "keys", "values")
+NO_FP8 = ("sm_80", "gfx942")
+FP32 = (
+    "lse_ptr",
+    "mean_ptr",
+    "scale_ptr",
+    "shift_ptr",
+    "q_scale_ptr",
+    "k_scale_ptr",
+    "v_scale_ptr",
+)
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 INSTRUCTIONS = (
     "wgmma.mma_async",
@@ -49,12 +72,19 @@ class Variant:
 
 def variants(architectures: tuple[str, ...], quick: bool) -> list[Variant]:
     """What production uses: every table entry, and every kind of end for the widest heads; `quick`
-    leaves three for each architecture."""
+    leaves five for each architecture."""
     if quick:
         found = [Variant(arch, ends=ends) for arch in architectures for ends in ("whole", "kv_len")]
+        found += [Variant(arch, ends="kv_len", kernel="int8_bf16") for arch in architectures]
+        found += [
+            Variant(arch, ends="kv_len", kernel="int8_fp8")
+            for arch in architectures
+            if arch not in NO_FP8
+        ]
         return found + [Variant(arch, ends="valid", kernel="mass") for arch in architectures]
     found = []
     for arch in architectures:
+        found += int8_variants(arch)
         found += [
             Variant(arch, D, block, ends, kernel="mass")
             for D in (64, 128)
@@ -75,16 +105,51 @@ def variants(architectures: tuple[str, ...], quick: bool) -> list[Variant]:
     return found
 
 
+def int8_variants(arch: str) -> list[Variant]:
+    """The 8-bit precisions and the kernels that quantise for them."""
+    found = []
+    for name in ("int8_bf16", "int8_fp8"):
+        if name == "int8_fp8" and arch in NO_FP8:
+            continue
+        found += [Variant(arch, D, block, kernel=name) for D in (64, 128) for block in (64, 128)]
+        found += [Variant(arch, D, ends="kv_len", kernel=name) for D in (64, 128)]
+        found += [Variant(arch, block=block, ends="valid", kernel=name) for block in (64, 128)]
+        found += [Variant(arch, D, ends="ragged", kernel=name) for D in (96, 256)]
+        found += [Variant(arch, ends="ragged", descriptors=False, kernel=name)]
+        found += [Variant(arch, dtype="fp32", kernel=name)]
+    names = [name for name in QUANT if name != "values" or arch not in NO_FP8]
+    return found + [
+        Variant(arch, D, ends=ends, kernel=name)
+        for name in names
+        for D, ends in ((128, "whole"), (128, "valid"), (256, "whole"))
+    ]
+
+
+def tile_for(variant: Variant) -> tiles.Tile:
+    """What production chooses."""
+    arch, D, block, name = variant.arch, variant.D, variant.block, variant.kernel
+    width = max(16, triton.next_power_of_2(D))
+    itemsize = 4 if variant.dtype == "fp32" else 2
+    fits = D in (64, 128) and variant.descriptors
+    if name in QUANT:
+        rows = quant.VALUE_ROWS if name == "values" else block
+        return tiles.Tile(rows, block, quant.WARPS, 3)
+    if name == "int8_fp8":
+        fits = fits and int(arch.removeprefix("sm_")) >= 90
+        return int8_tile(arch, D, itemsize, (block,) * 2, fits, name)
+    fits = fits and itemsize == 2
+    if name == "mass":
+        return mass_tile(arch, width, itemsize, block, fits)
+    fits = fits and variant.ends != "valid"
+    if name == "int8_bf16":
+        return int8_tile(arch, D, itemsize, (block,) * 2, fits, name)
+    return tiles.tile_for(arch, width, itemsize, (block,) * 2, fits)
+
+
 def compile_variant(variant: Variant) -> dict:
     """Registers and spilled bytes of a thread, shared memory of a program, and instructions."""
-    width = max(16, triton.next_power_of_2(variant.D))
-    itemsize = 4 if variant.dtype == "fp32" else 2
-    fits = variant.D in (64, 128) and itemsize == 2 and variant.descriptors
-    if variant.kernel == "mass":
-        tile = mass_tile(variant.arch, width, itemsize, variant.block, fits)
-    else:
-        fits = fits and variant.ends != "valid"
-        tile = tiles.tile_for(variant.arch, width, itemsize, (variant.block,) * 2, fits)
+    width = max(32 if "int8" in variant.kernel else 16, triton.next_power_of_2(variant.D))
+    tile = tile_for(variant)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.registers is not None:
         options["maxnreg"] = tile.registers
@@ -112,24 +177,28 @@ def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
         "BM": tile.rows,
         "BN": tile.keys,
         "GROUP": min(tile.rows, variant.block),
+        "ROWS": tile.rows,
+        "LARGEST": 448 if variant.kernel == "values" else 127,
         "RAGGED": variant.ends != "whole",
         "PRECISION": "ieee" if variant.dtype == "fp32" else "tf32",
     }
     if variant.ends != "kv_len":
         constants["kv_len_ptr"] = None
     if variant.ends != "valid":
-        constants["valid_ptr"] = None
+        constants |= {"valid_ptr": None, "real_ptr": None}
+    if variant.kernel == "int8_bf16":
+        constants["v_scale_ptr"] = None
+    if variant.kernel == "keys":
+        constants["shift_ptr"] = None
     if not tile.descriptors:
         constants |= dict.fromkeys(("q_desc", "k_desc", "v_desc"))
     constants = {name: value for name, value in constants.items() if name in names}
-    signature = {name: _type(name, variant.dtype, tile, width) for name in names}
-    if variant.kernel == "mass":
-        signature["out_ptr"] = "*fp32"
+    signature = {name: _type(name, variant, tile, width) for name in names}
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = [
         (names.index(name),)
         for name in names
-        if (name.endswith("_ptr") or re.fullmatch("(q|k|v|out)_[bhs]", name))
+        if (name.endswith("_ptr") or re.fullmatch("(q|k|v|x|out)_[bhs]", name))
         and signature[name] != "constexpr"
     ]
     return ASTSource(
@@ -140,17 +209,31 @@ def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
     )
 
 
-def _type(name: str, dtype: str, tile: tiles.Tile, width: int) -> str:
-    if name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr"):
-        return f"*{dtype}"
+def _type(name: str, variant: Variant, tile: tiles.Tile, width: int) -> str:
     if name.endswith("_desc"):
-        rows = tile.rows if name == "q_desc" else tile.keys
-        return f"tensordesc<{dtype}[1, 1, {rows}, {width}]>"
-    if name == "lse_ptr":
-        return "*fp32"
+        shape = [tile.rows if name == "q_desc" else tile.keys, width]
+        if name == "v_desc" and variant.kernel == "int8_fp8":
+            shape.reverse()
+        return f"tensordesc<{_number(name, variant)}[1, 1, {shape[0]}, {shape[1]}]>"
     if name.endswith("_ptr"):
-        return "*i32"
-    return "fp32" if name == "scale_log2" else "i32"
+        return f"*{_number(name, variant)}"
+    return "fp32" if name in ("scale", "scale_log2", "smallest") else "i32"
+
+
+def _number(name: str, variant: Variant) -> str:
+    """The dtype of what a pointer or descriptor reads."""
+    kernel = variant.kernel
+    if name in FP32 or (name == "out_ptr" and kernel in ("mass", "statistics")):
+        return "fp32"
+    if name[0] in "qk" and name[1] == "_" and "int8" in kernel:
+        return "i8"
+    if name == "values_ptr":
+        return "fp8e4nv" if kernel == "values" else "i8"
+    if name[0] == "v" and name[1] == "_" and kernel == "int8_fp8":
+        return "fp8e4nv"
+    if name == "real_ptr":
+        return "i1"
+    return "i32" if name in ("idx_ptr", "cnt_ptr", "valid_ptr", "kv_len_ptr") else variant.dtype
 
 
 def _target(arch: str) -> GPUTarget:

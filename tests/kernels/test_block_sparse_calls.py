@@ -99,7 +99,7 @@ def _change(**changes):
             r"1 or 2 batch rows and 1 or 2 heads like q, got \(3, 2\)",
         ),
         ({"mask": lambda c: c["mask"].to("meta")}, ValueError, "mask must be on cpu like q"),
-        ({"precision": lambda c: "int8_bf16"}, ValueError, r"one of \('bf16',\), got 'int8_bf16'"),
+        ({"precision": lambda c: "fp4"}, ValueError, r"'int8_bf16', 'int8_fp8'\), got 'fp4'"),
         ({"backend": lambda c: "hopper"}, ValueError, "'reference'.*got 'hopper'"),
         ({"scale": lambda c: -1.0}, ValueError, "scale must be a positive number, got -1.0"),
     ],

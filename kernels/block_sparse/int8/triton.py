@@ -67,8 +67,9 @@ def _attend_tile(
         scores = tl.where(inside[None, :], scores, float("-inf"))
     if FP8:
         p, acc, peak, total = _fp8_softmax(scores, acc, peak, total, factor, GUARD)
-        # Added outside: Hopper's own fp8 accumulator keeps about 14 bits.
-        acc += tl.dot(p.to(tl.float8e4nv), v)
+        # Hopper's own fp8 accumulator keeps about 14 bits. Naming the limit keeps Triton from
+        # folding the addition into the product where it is not Hopper.
+        acc += tl.dot(p.to(tl.float8e4nv), v, max_num_imprecise_acc=v.shape[0])
     else:
         p, acc, peak, total = _online_softmax(scores, acc, peak, total, factor, GUARD)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)

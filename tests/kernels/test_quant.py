@@ -1,0 +1,183 @@
+"""Quantisation of q, k and v: both backends against what the formats promise, and each other."""
+
+import pytest
+import torch
+
+from vdit_sparse.kernels.quant import (
+    BACKENDS,
+    Quantized,
+    quantize_values,
+    reference,
+    smooth_quantize,
+)
+
+pytest_plugins = ["tests.kernels.float8"]
+pytestmark = pytest.mark.usefixtures("float8")
+# (B, H, tokens, D), block; the last has a ragged block and channels that are no power of two.
+SHAPES = {"whole": ((1, 2, 256, 64), 128), "ragged": ((2, 2, 150, 72), 64)}
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_shape = pytest.mark.parametrize(("shape", "block"), SHAPES.values(), ids=SHAPES)
+
+
+def normal(shape, device, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(device, dtype)
+
+
+def assert_int8(got: Quantized, x: torch.Tensor, block: int) -> None:
+    """`got` is fp64 x `[B, H, N, D]` to half a step of amax / 127 of its block, and zero past N."""
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % block))
+    steps = padded.unflatten(2, (-1, block)).abs().amax((3, 4)) / 127
+    assert got.values.dtype == torch.int8 and got.values.shape == padded.shape
+    assert got.scale.dtype == torch.float32
+    torch.testing.assert_close(got.scale.double(), steps, rtol=1e-6, atol=1e-30)
+    error = (got.dequantize().double() - padded).abs().unflatten(2, (-1, block)).amax((3, 4))
+    assert (error <= steps * 0.5001).all()
+    assert not got.values[:, :, x.shape[2] :].any()
+
+
+@each_backend
+@each_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_queries_and_smoothed_keys(shape, block, dtype, backend, device):
+    q, k = normal(shape, device, dtype), normal(shape, device, dtype) + 3
+    pair = smooth_quantize(q, k, block, block, backend=backend)
+    mean = k.double().mean(2)
+    torch.testing.assert_close(pair.mean.double(), mean, rtol=1e-5, atol=1e-6)
+    assert_int8(pair.q, q.double(), block)
+    assert_int8(pair.k, k.double() - pair.mean.double()[:, :, None], block)
+    shift = (q.double() @ mean[..., None]).squeeze(-1)
+    torch.testing.assert_close(pair.shift.double(), shift, rtol=1e-4, atol=1e-4)
+
+
+@each_backend
+@each_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values(shape, block, dtype, backend, device):
+    v = normal(shape, device, dtype)
+    got = quantize_values(v, block, backend=backend)
+    exact, N = v.double().transpose(2, 3), shape[2]
+    assert got.values.dtype == torch.float8_e4m3fn
+    assert got.values.shape == (*shape[:2], shape[3], -(-N // block) * block)
+    torch.testing.assert_close(got.scale.double(), exact.abs().amax(3) / 448, rtol=1e-6, atol=0)
+    error = (got.dequantize()[..., :N].double() - exact).abs()
+    # Half an ulp: 2^-4 of a normal number, 2^-10 steps of a subnormal one.
+    assert (error <= (exact.abs() * 2.0**-4).maximum(got.scale[..., None] * 2.0**-10) * 1.001).all()
+    assert not got.values.float()[..., N:].any()
+
+
+@each_shape
+def test_triton_rounds_as_the_reference(shape, block, device):
+    from vdit_sparse.kernels.quant import triton
+
+    x, mean = normal(shape, device), normal((shape[0], shape[1], shape[3]), device)
+    # Ties: halves of a step of 1, which amax = 127 makes.
+    x[..., 0, :] = torch.arange(shape[3], device=device) + 0.5
+    x[..., 1, 0] = 127
+    real = torch.rand(shape[0], shape[2], device=device) < 0.7
+    pairs = [
+        (module.quantize_keys(x, block, mean, real), module.quantize_queries(x, block, mean)[0])
+        + (module.quantize_channels(x, block, real),)
+        for module in (triton, reference)
+    ]
+    for ours, expected in zip(*pairs, strict=True):
+        assert torch.equal(ours.values.view(torch.int8), expected.values.view(torch.int8))
+        assert torch.equal(ours.scale, expected.scale)
+
+
+@each_backend
+def test_an_offset_of_all_keys_costs_nothing(backend, device):
+    q, k = normal((1, 2, 128, 64), device), normal((1, 2, 128, 64), device)
+    offset = 10 * normal((1, 2, 1, 64), device)
+    plain = smooth_quantize(q, k, 64, 64, backend=backend)
+    moved = smooth_quantize(q, k + offset, 64, 64, backend=backend)
+    torch.testing.assert_close(moved.k.scale, plain.k.scale, rtol=1e-4, atol=0)
+    step = plain.k.scale.max()
+    assert (moved.k.dequantize() - plain.k.dequantize()).abs().max() <= 1.01 * step
+    assert (moved.k.values != plain.k.values).float().mean() < 1e-3
+
+
+@each_backend
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e4])
+@pytest.mark.parametrize("batches", [1, 2], ids=["shared", "per batch row"])
+def test_keys_that_do_not_count_may_hold_anything(batches, garbage, backend, device):
+    q, k, v = (normal((2, 2, 100, 32), device) for _ in range(3))
+    real = torch.rand(batches, 100, device=device) < 0.5
+    real[0, 64:] = False
+    hidden = ~real.expand(2, 100)[:, None, :, None]
+    count = real.sum(1)[:, None, None]
+    mean = k.double().masked_fill(hidden, 0).sum(2) / count
+    results = []
+    for value in (0, garbage):
+        x, y = (t.masked_fill(hidden, value) for t in (k, v))
+        pair = smooth_quantize(q, x, 64, 64, real=real, backend=backend)
+        values = quantize_values(y, 64, real=real, backend=backend)
+        torch.testing.assert_close(pair.mean.double(), mean, rtol=1e-5, atol=1e-6)
+        results.append((pair.k.values, pair.k.scale, pair.mean, values.values.float()))
+    for zeros, ours in zip(*results, strict=True):
+        assert torch.equal(zeros, ours)
+    assert not results[1][0][:, :, :100].masked_select(hidden).any()
+
+
+@each_backend
+def test_a_query_that_is_not_finite_harms_no_other(backend, device):
+    q, k = normal((1, 1, 64, 32), device), normal((1, 1, 64, 32), device)
+    q[:, :, 5] = 0
+    expected = smooth_quantize(q, k, 64, 64, backend=backend)
+    q[:, :, 5] = torch.tensor([torch.nan, torch.inf], device=device).repeat(16)
+    got = smooth_quantize(q, k, 64, 64, backend=backend)
+    assert torch.equal(got.q.values, expected.q.values)
+    assert torch.equal(got.q.scale, expected.q.scale)
+
+
+@each_backend
+def test_zeros_and_no_keys_at_all(backend, device):
+    zeros = torch.zeros(1, 1, 64, 32, device=device)
+    ones = torch.ones_like(zeros)
+    nothing = torch.zeros(1, 64, dtype=torch.bool, device=device)
+    for k, real in ((zeros, None), (ones, nothing)):
+        pair = smooth_quantize(zeros, k, 64, 64, real=real, backend=backend)
+        values = quantize_values(k, 64, real=real, backend=backend)
+        for got in (pair.q, pair.k, values):
+            assert not got.dequantize().any() and (got.scale > 0).all()
+        assert not pair.mean.any() and not pair.shift.any()
+
+
+@each_backend
+def test_strides_do_not_matter(backend, device):
+    q, k, v = torch.randn(2, 100, 3, 2, 32).to(device).permute(2, 0, 3, 1, 4)
+    packed = [x.contiguous() for x in (q, k, v)]
+    ours = smooth_quantize(q, k, 64, 64, backend=backend)
+    expected = smooth_quantize(*packed[:2], 64, 64, backend=backend)
+    assert torch.equal(ours.q.values, expected.q.values)
+    torch.testing.assert_close(ours.k.dequantize(), expected.k.dequantize(), atol=1e-5, rtol=0)
+    values = [quantize_values(x, 64, backend=backend).values.float() for x in (v, packed[2])]
+    assert torch.equal(*values)
+
+
+x = torch.zeros(1, 2, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: smooth_quantize(x[0], x, 64, 64), ValueError, r"q must be \[B, H, tokens, D\]"),
+        (lambda: smooth_quantize(x, x.double(), 64, 64), TypeError, "k must be fp16, bf16 or fp32"),
+        (lambda: smooth_quantize(x, x[:, :1], 64, 64), ValueError, "must agree in B, H and D"),
+        (lambda: smooth_quantize(x, x, 64, 65), ValueError, "power of two of at least 16.*65"),
+        (lambda: smooth_quantize(x, x, 64, 64, backend="cuda"), ValueError, "got 'cuda'"),
+        (lambda: quantize_values(x.mT, 64), ValueError, r"pass v.contiguous\(\)"),
+        (
+            lambda: quantize_values(x, 64, real=torch.ones(8, dtype=torch.bool)),
+            ValueError,
+            r"real must be bool \[1, 8\] or \[1, 8\], got torch.bool \(8,\)",
+        ),
+        (
+            lambda: quantize_values(x, 64, real=torch.ones(1, 8, dtype=torch.bool, device="meta")),
+            ValueError,
+            "real must be on cpu like the keys, got meta",
+        ),
+    ],
+)
+def test_wrong_calls_are_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
