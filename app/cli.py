@@ -1,22 +1,18 @@
-"""The command line: `vdit-sparse generate | methods | doctor`.
+"""The command line: `vdit-sparse generate | calibrate | methods | doctor`.
 
 Only the standard library, typer and rich are imported here, so that `--help` answers at once.
 """
 
-import logging
 import os
 import shlex
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+from vdit_sparse.app.terminal import INTERRUPTED, OK, bars, complain, errors, print_json
 
 # Their loading bars, download bars and advice; ours say what is going on.
 QUIET = {
@@ -43,7 +39,7 @@ class OneLineErrors(TyperGroup):
             if not hasattr(error, "format_message"):
                 raise
             if error.format_message():
-                _complain(f"{error.format_message().rstrip('.')}. See `vdit-sparse --help`.")
+                complain(f"{error.format_message().rstrip('.')}. See `vdit-sparse --help`.")
             code = error.exit_code
         sys.exit(code or OK)
 
@@ -106,6 +102,15 @@ DenseBackend = Annotated[
 ]
 Out = Annotated[str, _option(FILES, "Folder for the results.", metavar="DIR")]
 Overwrite = Annotated[bool, _option(FILES, "Replace the results in --out.", "--overwrite")]
+Calibrated = Annotated[str, _option(METHOD, "paro or sparse-vdit.", "--method")]
+SearchField = Annotated[
+    list[str] | None,
+    _option(METHOD, "A field of the search; repeatable.", "--set", metavar="FIELD=VALUE"),
+]
+Prompts = Annotated[str, _option(VIDEO, "Text file, a prompt a line.", metavar="FILE")]
+Seeds = Annotated[str, _option(VIDEO, "Seeds for each prompt: 0,1 or 0-3.", metavar="LIST")]
+OutFile = Annotated[str, _option(FILES, "Where to write it.", metavar="FILE.safetensors")]
+OverwriteFile = Annotated[bool, _option(FILES, "Replace --out.", "--overwrite")]
 
 
 @app.command()
@@ -135,7 +140,8 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Make a video through sparse attention, and compare it with dense attention."""
-    with _errors(debug):
+    interrupted = "Interrupted; finished runs and their report are in the output folder."
+    with errors(debug, interrupted):
         command = shlex.join(["vdit-sparse", *context.obj["words"]])
         _generate({**context.params, "command": command})
 
@@ -146,7 +152,7 @@ def _generate(words: dict) -> None:
     from vdit_sparse.app.request import parse_request
 
     request = parse_request(words)
-    with _bars() as progress:
+    with bars() as progress:
         report = make(request, progress)
     console = Console()
     console.print(table(report.runs))
@@ -155,105 +161,54 @@ def _generate(words: dict) -> None:
 
 
 @app.command()
+def calibrate(
+    context: typer.Context,
+    method: Calibrated,
+    prompts: Prompts,
+    out: OutFile,
+    set_: SearchField = None,
+    seeds: Seeds = "0",
+    model: Model = None,
+    guidance_scale: Guidance = None,
+    steps: Steps = None,
+    size: Size = None,
+    num_frames: Frames = None,
+    image: Image = None,
+    offload: Offload = "none",
+    dtype: Dtype = None,
+    device: Device = None,
+    overwrite: OverwriteFile = False,
+    debug: Debug = False,
+) -> None:
+    """Search what a calibrated method needs for one model and size, on prompts of yours."""
+    with errors(debug, "Interrupted; the file is written when the last prompt is finished."):
+        from vdit_sparse.app.calibrate import calibrate as make
+        from vdit_sparse.app.calibrate import parse_calibration
+
+        request = parse_calibration(context.params)
+        with bars() as progress:
+            said = make(request, progress)
+        typer.echo("\n".join(said))
+
+
+@app.command()
 def methods(json: Json = False, debug: Debug = False) -> None:
     """List the methods with their fields, and the presets of each model family."""
-    with _errors(debug):
+    with errors(debug):
         from vdit_sparse.app.catalogue import catalogue, show
 
         content = catalogue()
-        _print_json(content) if json else show(content, Console())
+        print_json(content) if json else show(content, Console())
 
 
 @app.command()
 def doctor(json: Json = False, debug: Debug = False) -> None:
     """Say what this machine has, and which backends work on it."""
-    with _errors(debug):
+    with errors(debug):
         from vdit_sparse.app.doctor import as_data, examine, show
 
         checks = examine()
-        _print_json(as_data(checks)) if json else show(checks, Console())
-
-
-@contextmanager
-def _errors(debug: bool) -> Iterator[None]:
-    """Ends in one line on stderr and an exit code, whatever goes wrong; `debug` shows more."""
-    try:
-        if debug:
-            yield
-        else:
-            with _without_warnings():
-                yield
-    except KeyboardInterrupt:
-        _complain("Interrupted; finished runs and their report are in the output folder.")
-        raise typer.Exit(INTERRUPTED) from None
-    except Exception as error:
-        if isinstance(error, typer.Exit):
-            raise
-        if debug:
-            Console(stderr=True).print_exception()
-        bad_input = type(error).__name__ == "InputError"
-        expected = bad_input or type(error).__name__ == "RunFailed"
-        said = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)"
-        _complain(said)
-        raise typer.Exit(BAD_INPUT if bad_input else FAILED) from None
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    names = ("diffusers", "transformers", "huggingface_hub", "accelerate", "torch")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-@contextmanager
-def _bars() -> Iterator:
-    """A function (what, done, total) that draws a progress bar for each thing that goes on."""
-    from rich import progress as rich_progress
-
-    columns = (
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(),
-        rich_progress.TextColumn("{task.fields[steps]}"),
-        rich_progress.TimeElapsedColumn(),
-        rich_progress.TextColumn("left"),
-        rich_progress.TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    tasks = {}
-    bars = rich_progress.Progress(*columns, console=console, refresh_per_second=4)
-
-    def update(what: str, done: int, total: int | None) -> None:
-        if what not in tasks:
-            bars.start()
-            tasks[what] = bars.add_task(what, total=total, steps="")
-        steps = f"step {done}/{total}" if total is not None and total > 1 else ""
-        bars.update(tasks[what], completed=done, total=total, steps=steps)
-
-    try:
-        yield update
-    finally:
-        if tasks:
-            bars.stop()
-
-
-def _complain(message: str) -> None:
-    """One line on stderr."""
-    typer.echo(" ".join(message.split()), err=True)
-
-
-def _print_json(content: dict) -> None:
-    import json
-
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        print_json(as_data(checks)) if json else show(checks, Console())
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Videos of one prompt: the same model, text and noise through several methods, and a report."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from vdit_sparse.app.checks import check_before_loading, read_image, smallest_size
@@ -10,13 +10,11 @@ from vdit_sparse.app.loading import call_inputs, load, settings_of, takes_encode
 from vdit_sparse.app.options import RunChoice
 from vdit_sparse.app.report import Finished, Report, files_of_former_report, panel
 from vdit_sparse.app.request import Request
+from vdit_sparse.app.terminal import Progress
 from vdit_sparse.app.video import contact_sheet, side_by_side, write_image, write_video
 from vdit_sparse.calibration import CalibratedAttention
 from vdit_sparse.eval.denoise import execution_device, run, warm_up
 from vdit_sparse.eval.metrics import METRICS
-
-# (what is going on, how much of it is done, of how much if that is known)
-Progress = Callable[[str, int, int | None], None]
 
 
 class RunFailed(Exception):

@@ -76,7 +76,7 @@ def parse_run(
         kind = method_name(method)
         if name not in (None, kind):
             raise InputError(f"Preset {preset!r} is of --method {kind}, but --method is {name}.")
-        changed = _with_settings(kind, type(method), settings, method)
+        changed = with_settings(kind, type(method), settings, method)
         return RunChoice(kind, changed, preset if changed == method else None)
     name = name or next(iter(METHODS))
     if name == DENSE:
@@ -88,7 +88,7 @@ def parse_run(
         raise InputError(
             f"There is no method {name!r}{hint(name, names)}; methods: {', '.join(names)}."
         )
-    return RunChoice(name, _with_settings(name, METHODS[name], settings))
+    return RunChoice(name, with_settings(name, METHODS[name], settings))
 
 
 def parse_compare(text: str) -> RunChoice:
@@ -125,8 +125,34 @@ def method_name(method: SparseAttention) -> str:
     return next(name for name, kind in METHODS.items() if type(method) is kind)
 
 
-def parse_field(method: type[SparseAttention], name: str, text: str) -> object:
-    """The value of a method's field, by the field's annotation: a truth value, an integer, a
+def with_settings(
+    name: str,
+    kind: type,
+    settings: Sequence[str],
+    base: object | None = None,
+) -> object:
+    """A dataclass of a method or search called `name`, with "field=value" in place of its defaults
+    or of the fields of `base`."""
+    fields = [field.name for field in dataclasses.fields(kind) if field.init]
+    values = {}
+    for setting in settings:
+        field, equals, text = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set must be field=value, got {setting!r}.")
+        if field not in fields:
+            raise InputError(
+                f"Method {name} has no field {field!r}{hint(field, fields)}; fields: "
+                f"{', '.join(fields)}."
+            )
+        values[field] = parse_field(kind, field, text)
+    try:
+        return kind(**values) if base is None else dataclasses.replace(base, **values)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"Method {name}: {error}") from error
+
+
+def parse_field(method: type, name: str, text: str) -> object:
+    """The value of a dataclass's field, by the field's annotation: a truth value, an integer, a
     number, "none", a list of numbers "0,4,8", or the text itself."""
     annotation = typing.get_type_hints(method)[name]
     choices = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
@@ -201,30 +227,6 @@ def _preset(name: str) -> SparseAttention:
             f"There is no preset {name!r}{hint(name, presets)}; presets: {', '.join(presets)}."
         )
     return presets[name]
-
-
-def _with_settings(
-    name: str,
-    kind: type[SparseAttention],
-    settings: Sequence[str],
-    base: SparseAttention | None = None,
-) -> SparseAttention:
-    fields = [field.name for field in dataclasses.fields(kind) if field.init]
-    values = {}
-    for setting in settings:
-        field, equals, text = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set must be field=value, got {setting!r}.")
-        if field not in fields:
-            raise InputError(
-                f"Method {name} has no field {field!r}{hint(field, fields)}; fields: "
-                f"{', '.join(fields)}."
-            )
-        values[field] = parse_field(kind, field, text)
-    try:
-        return kind(**values) if base is None else dataclasses.replace(base, **values)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"Method {name}: {error}") from error
 
 
 _NO = object()

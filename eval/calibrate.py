@@ -1,6 +1,7 @@
 """Runs prompts through a recorder and writes what it found into a calibration file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ from vdit_sparse.calibration import CalibratedAttention, Calibration, save
 from vdit_sparse.call import Origin
 from vdit_sparse.eval.denoise import call_parameters
 from vdit_sparse.method import SparseAttention
+from vdit_sparse.pipelines.report import Summary
 
 PACKAGES = ("torch", "triton", "diffusers")
 
@@ -59,35 +61,19 @@ def calibrate(
     an error. Returns what was saved. Raises ValueError without prompts or seeds and for experts of
     different configurations, RuntimeError for NaN, and what the recorder raises.
     """
-    from vdit_sparse.pipelines.attach import apply, remove, summary
-
-    if not prompts or not seeds:
+    samples = [(prompt, seed) for prompt in prompts for seed in seeds]
+    if not samples:
         raise ValueError(
             f"A calibration needs at least one prompt and one seed, got {len(prompts)} prompts and "
             f"{len(seeds)} seeds."
         )
-    origin = _origin(pipe)
-    recorder = search.recorder()
-    apply(pipe, recorder)
-    try:
-        for number, (prompt, seed) in enumerate((p, s) for p in prompts for s in seeds):
-            generate(pipe, prompt, seed, lambda *at, n=number: on_step(n, *at), **settings)
-        ran = summary(pipe)
-    finally:
-        remove(pipe)
-    calibration = Calibration(
-        path=str(out),
-        method=search.method.__name__,
-        fields=asdict(search),
-        origin=origin,
-        grid=ran.grid,
-        layers=ran.layers,
-        steps=ran.steps,
-        prompts=tuple(prompts),
-        seeds=tuple(seeds),
-        versions=_versions(),
-        tensors=recorder.result(),
-    )
+    origin, recorder = _origin(pipe), search.recorder()
+    with _applied(pipe, recorder) as summary:
+        for number, sample in enumerate(samples):
+            run_prompt(pipe, *sample, lambda *at, n=number: on_step(n, *at), **settings)
+        facts = _facts(search, summary())
+    facts.update(origin=origin, prompts=tuple(prompts), seeds=tuple(seeds))
+    calibration = Calibration(path=str(out), tensors=recorder.result(), **facts)
     save(calibration)
     return calibration
 
@@ -103,17 +89,14 @@ def density_of(
 ) -> float:
     """Mean density over all self-attention calls of one run of a method, without decoding; stock
     attention is left behind."""
-    from vdit_sparse.pipelines.attach import apply, remove, summary
-
-    apply(pipe, method)
-    try:
-        generate(pipe, prompt, seed, on_step, **settings)
-        return summary(pipe).density
-    finally:
-        remove(pipe)
+    with _applied(pipe, method) as summary:
+        run_prompt(pipe, prompt, seed, on_step, **settings)
+        return summary().density
 
 
-def generate(pipe, prompt: str, seed: int, on_step: Callable[[int, int], None], **settings) -> None:
+def run_prompt(
+    pipe, prompt: str, seed: int, on_step: Callable[[int, int], None], **settings
+) -> None:
     """One run as far as its latents. on_step: called as (steps done, steps) after each step.
     Raises RuntimeError if the latents hold NaN."""
 
@@ -129,6 +112,30 @@ def generate(pipe, prompt: str, seed: int, on_step: Callable[[int, int], None], 
         raise RuntimeError(
             f"The latents of {prompt!r} hold NaN; load the model in bf16 or fp32 in place of fp16."
         )
+
+
+@contextmanager
+def _applied(pipe, method: SparseAttention) -> Iterator[Callable[[], Summary]]:
+    """A method in the pipeline, and out again; gives what says what the last run did."""
+    from vdit_sparse.pipelines.attach import apply, remove, summary
+
+    apply(pipe, method)
+    try:
+        yield lambda: summary(pipe)
+    finally:
+        remove(pipe)
+
+
+def _facts(search: Search, ran: Summary) -> dict:
+    """What a file says of its search and runs."""
+    return {
+        "method": search.method.__name__,
+        "fields": asdict(search),
+        "grid": ran.grid,
+        "layers": ran.layers,
+        "steps": ran.steps,
+        "versions": _versions(),
+    }
 
 
 def _origin(pipe) -> Origin:
