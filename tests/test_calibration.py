@@ -83,6 +83,14 @@ def test_a_file_gives_back_what_was_saved(tmp_path):
     assert [file.name for file in Path(saved.path).parent.iterdir()] == ["x.safetensors"]
 
 
+def test_tensors_may_share_memory(tmp_path):
+    shared = torch.arange(12.0)
+    tensors = {"a.x": shared, "b.x": shared, "a.y": shared[3:7], "a.z": shared.view(3, 4).T}
+    made(tmp_path / "x.safetensors", tensors=tensors)
+    for name, tensor in load(tmp_path / "x.safetensors").tensors.items():
+        assert torch.equal(tensor, tensors[name])
+
+
 def test_tensors_are_found_by_expert(tmp_path):
     found = made(tmp_path / "x.safetensors")
     assert found.tensor("modes", "transformer").shape == (5, 2)

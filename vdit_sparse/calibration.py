@@ -7,6 +7,7 @@ A file is safetensors with a JSON header; nothing is unpickled. Tensors are name
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -167,10 +168,20 @@ def save(calibration: Calibration) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.half")
     try:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, half, header)
+        save_file(_apart(tensors), half, header)
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: contiguous, on the CPU, none sharing memory."""
+    ready = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    homes = Counter(tensor.untyped_storage().data_ptr() for tensor in ready.values())
+    return {
+        name: tensor.clone() if homes[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        for name, tensor in ready.items()
+    }
 
 
 def load(path: str | Path) -> Calibration:
