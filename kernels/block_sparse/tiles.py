@@ -76,6 +76,7 @@ INT8_TILES = {
     ("sm_90", 128, 128, "int8_fp8"): Tile(64, 128, 4, 2, descriptors=True),
     ("sm_100", 128, 128, "int8_bf16"): Tile(128, 64, 8, 3, descriptors=True),
     ("sm_100", 128, 128, "int8_fp8"): Tile(128, 64, 8, 3, descriptors=True),
+    ("sm_120", 64, 128, "int8_fp8"): Tile(64, 64, 4, 2),
 }
 
 

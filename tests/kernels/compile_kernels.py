@@ -72,14 +72,12 @@ class Variant:
 
 def variants(architectures: tuple[str, ...], quick: bool) -> list[Variant]:
     """What production uses: every table entry, and every kind of end for the widest heads; `quick`
-    leaves five for each architecture."""
+    leaves four for each architecture."""
     if quick:
         found = [Variant(arch, ends=ends) for arch in architectures for ends in ("whole", "kv_len")]
-        found += [Variant(arch, ends="kv_len", kernel="int8_bf16") for arch in architectures]
         found += [
-            Variant(arch, ends="kv_len", kernel="int8_fp8")
+            Variant(arch, ends="kv_len", kernel="int8_bf16" if arch in NO_FP8 else "int8_fp8")
             for arch in architectures
-            if arch not in NO_FP8
         ]
         return found + [Variant(arch, ends="valid", kernel="mass") for arch in architectures]
     found = []
@@ -111,18 +109,14 @@ def int8_variants(arch: str) -> list[Variant]:
     for name in ("int8_bf16", "int8_fp8"):
         if name == "int8_fp8" and arch in NO_FP8:
             continue
-        found += [Variant(arch, D, block, kernel=name) for D in (64, 128) for block in (64, 128)]
-        found += [Variant(arch, D, ends="kv_len", kernel=name) for D in (64, 128)]
+        found += [Variant(arch, D, kernel=name) for D in (64, 128)]
+        found += [Variant(arch, 64, ends="kv_len", kernel=name)]
         found += [Variant(arch, block=block, ends="valid", kernel=name) for block in (64, 128)]
-        found += [Variant(arch, D, ends="ragged", kernel=name) for D in (96, 256)]
-        found += [Variant(arch, ends="ragged", descriptors=False, kernel=name)]
-        found += [Variant(arch, dtype="fp32", kernel=name)]
+        found += [Variant(arch, 256, ends="ragged", kernel=name)]
+        if tiles.TILES[(arch, 128, 128)].descriptors:
+            found += [Variant(arch, ends="ragged", descriptors=False, kernel=name)]
     names = [name for name in QUANT if name != "values" or arch not in NO_FP8]
-    return found + [
-        Variant(arch, D, ends=ends, kernel=name)
-        for name in names
-        for D, ends in ((128, "whole"), (128, "valid"), (256, "whole"))
-    ]
+    return found + [Variant(arch, 256, ends="valid", kernel=name) for name in names]
 
 
 def tile_for(variant: Variant) -> tiles.Tile:
