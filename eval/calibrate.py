@@ -7,13 +7,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 import vdit_sparse
 from vdit_sparse.calibration import CalibratedAttention, Calibration, save
 from vdit_sparse.call import Origin
-from vdit_sparse.eval.denoise import call_parameters
+from vdit_sparse.eval.denoise import call_parameters, latents
 from vdit_sparse.method import SparseAttention
 from vdit_sparse.pipelines.report import Summary
 
@@ -106,9 +105,7 @@ def run_prompt(
 
     if "callback_on_step_end" in call_parameters(pipe):
         settings["callback_on_step_end"] = step_ended
-    noise = torch.Generator("cpu").manual_seed(seed)
-    latents = pipe(prompt=prompt, generator=noise, **{**settings, "output_type": "latent"}).frames
-    if not latents.isfinite().all():
+    if not latents(pipe, {**settings, "prompt": prompt, "seed": seed}).isfinite().all():
         raise RuntimeError(
             f"The latents of {prompt!r} hold NaN; load the model in bf16 or fp32 in place of fp16."
         )

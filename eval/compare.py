@@ -21,7 +21,7 @@ from vdit_sparse.eval.calibrators.paro import PAROSearch
 from vdit_sparse.eval.calibrators.sparse_vdit import SparseVDiTSearch
 from vdit_sparse.eval.compare_table import tables
 from vdit_sparse.eval.controls import OracleBlocks, RandomBlocks
-from vdit_sparse.eval.denoise import timed_call, use, warm_up
+from vdit_sparse.eval.denoise import latents, timed_call, use, warm_up
 from vdit_sparse.eval.metrics import METRICS
 from vdit_sparse.eval.probe import Probe
 from vdit_sparse.method import SparseAttention
@@ -83,7 +83,11 @@ def _online(density: float) -> Iterator[Trial]:
 
 def _searches(density: float):
     yield "paro", PAROAttention, PAROSearch(block=64, density=density)
-    yield "sparse-vdit", SparseVDiTAttention, SparseVDiTSearch(block=64, density=density)
+    yield (
+        "sparse-vdit",
+        SparseVDiTAttention,
+        SparseVDiTSearch(block=64, density=0.6 * density, target=density),
+    )
 
 
 def _calibration_prompts() -> tuple[list[str], list[int]]:
@@ -161,7 +165,7 @@ class Comparison:
         few["prompt"], few["seed"] = few["prompt"][:PROBED], few["seed"][:PROBED]
         probe = Probe.around(method)
         apply(self.pipe, probe, timed=True)
-        timed_call(self.pipe, {**few, "output_type": "latent"}, lambda *_: None)
+        latents(self.pipe, few)
         done = summary(self.pipe)
         return {"error": probe.mean_error(), "planning_share": done.planning_share}
 
