@@ -35,15 +35,21 @@ def quantize_keys(k: Tensor, block: int, mean: Tensor, real: Tensor | None) -> Q
 def quantize_channels(v: Tensor, block: int, real: Tensor | None) -> Quantized:
     """See `quantize_values`."""
     v = v.float() if real is None else _real_only(v, real)
-    scale = (v.abs().amax(2) / E4M3_LARGEST).clamp(min=SMALLEST_SCALE)
+    scale = scale_of(v.abs().amax(2), E4M3_LARGEST)
     levels = (v / scale[:, :, None]).clamp(-E4M3_LARGEST, E4M3_LARGEST)
     values = _whole_blocks(levels, block).transpose(2, 3).to(torch.float8_e4m3fn)
     return Quantized(values.contiguous(), scale)
 
 
+def scale_of(amax: Tensor, largest: int) -> Tensor:
+    """The step that makes `amax` the largest level."""
+    # By a tensor: torch multiplies by the reciprocal of a plain number on a GPU, an ulp off.
+    return (amax / torch.full_like(amax, largest)).clamp(min=SMALLEST_SCALE)
+
+
 def _quantize_blocks(x: Tensor, block: int) -> Quantized:
     blocks = _whole_blocks(x, block).unflatten(2, (-1, block))
-    scale = (blocks.abs().amax((3, 4)) / INT8_LARGEST).clamp(min=SMALLEST_SCALE)
+    scale = scale_of(blocks.abs().amax((3, 4)), INT8_LARGEST)
     values = (blocks / scale[..., None, None]).round().to(torch.int8)
     return Quantized(values.flatten(2, 3), scale)
 

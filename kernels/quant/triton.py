@@ -10,7 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vdit_sparse.kernels.quant import Quantized
-from vdit_sparse.kernels.quant.reference import E4M3_LARGEST, INT8_LARGEST, SMALLEST_SCALE
+from vdit_sparse.kernels.quant.reference import (
+    E4M3_LARGEST,
+    INT8_LARGEST,
+    SMALLEST_SCALE,
+    scale_of,
+)
 
 STATISTICS_ROWS = 128  # tokens that one program sums up
 VALUE_ROWS = 64  # tokens whose values one program rounds, at most; more would spill
@@ -115,8 +120,7 @@ def quantize_keys(k: Tensor, block: int, mean: Tensor, real: Tensor | None) -> Q
 def quantize_channels(v: Tensor, block: int, real: Tensor | None) -> Quantized:
     """See `quantize_values`."""
     B, H, N, D = v.shape
-    scale = _statistics(v, real, largest=True).amax(2) / E4M3_LARGEST
-    scale = scale.clamp(min=SMALLEST_SCALE).contiguous()
+    scale = scale_of(_statistics(v, real, largest=True).amax(2), E4M3_LARGEST)
     slots, rows = triton.cdiv(N, block) * block, min(VALUE_ROWS, block)
     values = torch.empty(B, H, D, slots, dtype=torch.float8_e4m3fn, device=v.device)
     with torch.cuda.device_of(v):
