@@ -10,7 +10,7 @@ same batch, on frames as they come from the decoder. A run that is in rows.jsonl
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from vdit_sparse.eval.controls import OracleBlocks, RandomBlocks
 from vdit_sparse.eval.denoise import latents, timed_call, use, warm_up
 from vdit_sparse.eval.metrics import METRICS
 from vdit_sparse.eval.probe import Probe
+from vdit_sparse.kernels.block_sparse import PRECISIONS
 from vdit_sparse.method import SparseAttention
 from vdit_sparse.methods import (
     AdaSpaAttention,
@@ -39,6 +40,7 @@ from vdit_sparse.pipelines.load import load_pipeline
 PROMPTS = Path(__file__).parent / "prompts"
 DENSITIES = (0.5, 0.35, 0.25, 0.15)
 DENSE_STEPS = 4
+EIGHT_BITS_AT = 0.25
 COMMON = {"block": 64, "dense_steps": DENSE_STEPS}
 PROBED = 4  # prompts of the run that measures errors and planning
 
@@ -52,9 +54,9 @@ class Trial:
     target: float | None = None
 
 
-def trials(pipe, inputs: dict, folder: Path) -> Iterator[Trial]:
-    """The methods, each at its four densities; calibrated ones are calibrated when their turn
-    comes."""
+def trials(pipe, inputs: dict, folder: Path, densities: tuple[float, ...]) -> Iterator[Trial]:
+    """The methods near each density; calibrated ones are calibrated when their turn comes. Radial
+    and Re-ttention have the densities that their geometry allows."""
     for fields in (
         {"d1": "half", "sink_frames": 0},
         {"d1": "half"},
@@ -62,32 +64,40 @@ def trials(pipe, inputs: dict, folder: Path) -> Iterator[Trial]:
         {"decay": 1.0},
     ):
         yield Trial("radial", RadialAttention(**COMMON, **fields))
-    for density in DENSITIES:
-        yield from _online(density)
+    for density, refresh in ((0.55, 4), (0.35, 4), (0.1, 4), (0.1, 6), (0.1, "once")):
+        method = RettentionAttention(**COMMON, density=density, refresh=refresh)
+        yield Trial("rettention", method)
+    for density in densities:
+        fields = {**COMMON, "density": density}
+        yield Trial("adaspa", AdaSpaAttention(**fields, refresh=(DENSE_STEPS, 9)), density)
+        # Regions of 16 x 4 tokens tile the bundled model's frames of 16 x 28.
+        yield Trial("draft", DraftAttention(**fields, pool=(16, 4)), density)
         for name, kind, search in _searches(density):
             file = folder / f"{name}-{inputs['num_frames']}-{density}.safetensors"
             if not file.exists():
                 calibrate(pipe, search, *_calibration_prompts(), out=file, **_sizes(inputs))
             method = kind(calibration=str(file), dense_steps=DENSE_STEPS)
             yield Trial(name, method, density)
-
-
-def _online(density: float) -> Iterator[Trial]:
-    yield Trial(
-        "adaspa", AdaSpaAttention(**COMMON, density=density, refresh=(DENSE_STEPS, 9)), density
-    )
-    # Regions of 16 x 4 tokens tile the bundled model's frames of 16 x 28.
-    yield Trial("draft", DraftAttention(**COMMON, density=density, pool=(16, 4)), density)
-    yield Trial("rettention", RettentionAttention(**COMMON, density=density, refresh=4), density)
+            if name == "paro" and density == EIGHT_BITS_AT:
+                for precision in PRECISIONS[1:]:
+                    yield Trial(name, replace(method, precision=precision), density)
 
 
 def _searches(density: float):
     yield "paro", PAROAttention, PAROSearch(block=64, density=density)
-    yield (
-        "sparse-vdit",
-        SparseVDiTAttention,
-        SparseVDiTSearch(block=64, density=0.6 * density, target=density),
-    )
+    # At 3,136 tokens the milliseconds of a mode are those of its launches: blocks cost here.
+    search = SparseVDiTSearch(block=64, density=0.6 * density, target=density, cost="blocks")
+    yield "sparse-vdit", SparseVDiTAttention, search
+
+
+def controls(row: dict) -> Iterator[SparseAttention]:
+    """Random blocks and the oracle at the density of a row; beside a mask that never changes also
+    random blocks that never do."""
+    density = round(row["sparse_density"], 2)
+    yield RandomBlocks(**COMMON, density=density)
+    yield OracleBlocks(**COMMON, density=density)
+    if row["name"] == "radial":
+        yield RandomBlocks(**COMMON, density=density, refresh="once")
 
 
 def _calibration_prompts() -> tuple[list[str], list[int]]:
@@ -199,15 +209,14 @@ def compare(arguments: argparse.Namespace) -> None:
         inputs["num_inference_steps"] = arguments.steps
     comparison = Comparison(pipe, inputs, arguments.out / "rows.jsonl")
     if pipe.device.type == "cuda":
-        comparison.add_noise_floor("_native_cudnn")
-    for trial in trials(pipe, inputs, arguments.out):
+        comparison.add_noise_floor("_native_flash")
+    for trial in trials(pipe, inputs, arguments.out, tuple(arguments.densities)):
         if arguments.only and trial.name not in arguments.only:
             continue
         row = comparison.add(trial)
         _print_row(row)
-        for control in (RandomBlocks, OracleBlocks):
-            method = control(**COMMON, density=round(row["sparse_density"], 2))
-            _print_row(comparison.add(Trial(control.__name__, method, row["target"])))
+        for control in controls(row):
+            _print_row(comparison.add(Trial(type(control).__name__, control, row["target"])))
 
 
 def _print_row(row: dict) -> None:
@@ -225,6 +234,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--frames", type=int, default=25)
     parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--densities", type=float, nargs="*", default=DENSITIES)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--model")
     parser.add_argument("--only", nargs="*")

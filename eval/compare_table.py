@@ -1,5 +1,6 @@
 """The rows of `eval.compare` as Markdown tables."""
 
+import re
 from statistics import mean
 
 CONTROLS = ("RandomBlocks", "OracleBlocks")
@@ -35,23 +36,30 @@ def tables(rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def control_psnr(row: dict, group: list[dict], name: str) -> float | None:
-    """Mean PSNR of a control at the density of a row; None if it was not run."""
-    density = round(row["sparse_density"], 2)
-    wanted = f"density={density}"
-    found = [r for r in group if r["name"] == name and f"{wanted}," in f"{r['method'][:-1]},"]
+def control_psnr(row: dict, group: list[dict], name: str, once: bool = False) -> float | None:
+    """Mean PSNR of a control at the density of a row, or of the one that never changes its blocks
+    (`once`); None if it was not run."""
+    wanted = f"density={round(row['sparse_density'], 2)},"
+    found = [
+        other
+        for other in group
+        if other["name"] == name
+        and wanted in f"{other['method'][:-1]},"
+        and ("refresh='once'" in other["method"]) == once
+    ]
     return mean(found[0]["psnr"]) if found else None
 
 
 def _line(row: dict, group: list[dict]) -> str:
     random, oracle = (control_psnr(row, group, name) for name in CONTROLS)
+    fixed = control_psnr(row, group, CONTROLS[0], once=True)
     cells = (
-        row["name"],
+        _label(row),
         f"{row['step_density']:.3f}",
         f"{row['sparse_density']:.3f}",
         f"{row['density']:.3f}",
         f"**{mean(row['psnr']):.2f}**",
-        _number(random),
+        _number(random) + ("" if fixed is None else f" (fixed: {fixed:.2f})"),
         _number(oracle),
         f"{mean(row['ssim']):.3f}",
         f"{row['error']:.3f}",
@@ -59,6 +67,15 @@ def _line(row: dict, group: list[dict]) -> str:
         f"{row['seconds']:.3f}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _label(row: dict) -> str:
+    """The method's name, and what sets its rows apart beside the density."""
+    found = re.findall(r"(?:precision|refresh|d1|decay|sink_frames)=[^,)]+", row["method"])
+    usual = ("refresh='each'", "precision='bf16'", "sink_frames=1", "decay=0.2", "d1='full'")
+    if row["name"] not in ("radial", "rettention"):
+        found = [x for x in found if x.startswith("precision")]
+    return " ".join([row["name"], *(x.replace("'", "") for x in found if x not in usual)])
 
 
 def _dense(row: dict) -> str:
