@@ -92,6 +92,7 @@ def summary(target: Target) -> Summary:
         grid=clock.grid,
         layers=len(runs[0].processors),
         steps=clock.steps,
+        calibration=next((run.calibration for run in runs if run.calibration), None),
     )
 
 

@@ -58,6 +58,7 @@ class Run(ModelHook):
         self.context = StateManager(state_cls=None)
         self.entries: list[Entry] = []
         self.backend: tuple[str, dict[str, str | None]] | None = None
+        self.calibration: str | None = None
         self._place: Place | None = None
         self._memory: dict[tuple[str, int], dict] = {}
         self.clock_run = 0
@@ -66,7 +67,7 @@ class Run(ModelHook):
         """Takes a method, and where the calls come from; forgets everything about earlier runs."""
         self.method, self.origin = method, origin
         self.watch = Stopwatch() if timed else None
-        self.entries, self.backend = [], None
+        self.entries, self.backend, self.calibration = [], None, None
         self.reset_state(None)
 
     # Reading a timestep does not belong into a compiled graph.
@@ -80,7 +81,7 @@ class Run(ModelHook):
         if self.clock_run != self.clock.run:
             self.clock_run = self.clock.run
             self._memory.clear()
-            self.entries, self.backend = [], None
+            self.entries, self.backend, self.calibration = [], None, None
         self._place = Place(grid, branch, self.clock.step, self.clock.steps)
         return args, kwargs
 
@@ -117,6 +118,7 @@ class Run(ModelHook):
         started = self.watch.start(query.device) if self.watch else None
         out = self.method(q, k, v, call, processor.dense)
         mark = self.watch.stop(started) if self.watch else None
+        self.calibration = note.calibration or self.calibration
         entry = Entry(self.expert, branch, step, layer, dense, note.density, note.searched)
         self.entries.append(replace(entry, milliseconds=mark, plans=tuple(note.plans)))
         return out.transpose(1, 2).contiguous()

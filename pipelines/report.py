@@ -40,6 +40,7 @@ class Summary:
     whole run; None where nobody knows, as before the first run.
     backend: the kernel backend of its sparse calls; reasons: every backend with None if it could
     have run them, else why not.
+    calibration: the file that plans came from, None for methods that need none.
     """
 
     method: str
@@ -49,6 +50,7 @@ class Summary:
     grid: Grid | None = None
     layers: int | None = None
     steps: int | None = None
+    calibration: str | None = None
 
     @property
     def calls(self) -> int:
@@ -89,6 +91,8 @@ class Summary:
         lines = [f"method: {self.method}"]
         if not self.entries:
             return "\n".join([*lines, "no run yet"])
+        if self.calibration:
+            lines.append(f"calibration: {self.calibration}")
         if self.backend:
             lines.append(f"backend: {self.backend}")
         lines += [f"  not {name}: {why}" for name, why in self.reasons.items() if why]

@@ -13,6 +13,7 @@ from vdit_sparse.methods import (
     DraftAttention,
     PAROAttention,
     RadialAttention,
+    RettentionAttention,
     SparseVDiTAttention,
 )
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
@@ -114,9 +115,16 @@ PRESETS = {
     "draft-wan2.1": DraftAttention(density=0.25, dense_steps=0.25, dense_layers=1),
     # The paper: all of 30 steps are sparse. Needs a calibration, as sparse-vdit-wan2.1 does.
     "paro-wan2.1": PAROAttention(dense_steps=0),
-    # The bundled model, 16 steps: a dense quarter, as the authors advise, then the sparsest mask
-    # that the rule has for seven frames of 448 tokens; docs/performance.md.
+    # The bundled model, 16 steps: a dense quarter, as Radial's authors advise, then near density
+    # 0.35, or for Radial the sparsest mask that its rule has for seven frames of 448 tokens, and
+    # for Re-ttention the narrowest band of blocks; measured in docs/methods.md. Regions of 16 x 4
+    # tokens tile its frames. Its calibrations lie in the checkpoint.
     "radial-mini": RadialAttention(d1="half", sink_frames=0, dense_steps=4, block=64),
+    "sparse-vdit-mini": SparseVDiTAttention(dense_steps=4),
+    "adaspa-mini": AdaSpaAttention(density=0.35, block=64, dense_steps=4, refresh=(4, 9)),
+    "draft-mini": DraftAttention(density=0.35, block=64, pool=(16, 4), dense_steps=4),
+    "paro-mini": PAROAttention(dense_steps=4),
+    "rettention-mini": RettentionAttention(density=0.1, block=64, dense_steps=4, refresh=4),
 }
 
 FAMILY = Family(WanSparseAttnProcessor, _layers, _grid, PRESETS)

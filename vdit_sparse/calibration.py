@@ -1,7 +1,6 @@
 """Calibration files: what an offline search found for one model, grid and number of steps.
 
-A file is safetensors with a JSON header; nothing is unpickled. Tensors are named
-"<expert>.<name>", their first dimension is the step or bin, or the layer, as the method says.
+A file is safetensors with a JSON header; nothing is unpickled. Tensors are "<expert>.<name>".
 """
 
 import json
@@ -133,6 +132,7 @@ class CalibratedAttention(SparseAttention):
         """
         if "calibration" not in call.memory:
             call.memory["calibration"] = self._find(call)
+        call.note.calibration = call.memory["calibration"].path
         return call.memory["calibration"]
 
     def _find(self, call: Call) -> Calibration:

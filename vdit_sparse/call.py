@@ -41,11 +41,13 @@ class Note:
 
     density: kept share of key blocks that it computed, a number or a 0-dim tensor.
     searched: it passed over q and k once more to find a plan, so its time stands apart.
+    calibration: the file that its plan came from.
     plans: marks of `watch`, one for each plan that was built; none where nobody times.
     """
 
     density: float | Tensor | None = None
     searched: bool = False
+    calibration: str | None = None
     watch: Watch | None = None
     plans: list = field(default_factory=list)
 

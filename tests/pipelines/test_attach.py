@@ -10,13 +10,16 @@ from tests.tiny_models import WAN_CALL, tiny_wan, tiny_wan_i2v, wan_i2v_call, wa
 from vdit_sparse import (
     BlockMask,
     Grid,
+    PAROAttention,
     Plan,
     RadialAttention,
     SparseAttention,
     apply,
+    load_pipeline,
     remove,
     summary,
 )
+from vdit_sparse.calibration import CalibrationWarning
 from vdit_sparse.pipelines.hook import SparseAttnProcessor
 
 SPARSE = RadialAttention(block=64)
@@ -262,3 +265,17 @@ def test_errors_say_what_was_expected(target, method, error, words):
     target = wan_transformer(1, 16) if target is None else target
     with pytest.raises(error, match=words):
         apply(target, method)
+
+
+def test_summary_names_the_calibration_that_came_with_the_checkpoint():
+    pipe = load_pipeline()
+    apply(pipe, PAROAttention())
+    call = {"prompt": "", "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    with pytest.warns(CalibrationWarning, match="number of steps of the file 16, of this run 1"):
+        pipe(**call)
+    done = summary(pipe)
+    assert done.calibration.endswith("calibrations/paro-25-frames.safetensors")
+    assert f"calibration: {done.calibration}" in str(done)
+    assert done.density == pytest.approx(0.35, abs=0.1)
+    with pytest.raises(ValueError, match=r"no calibration of PAROAttention for the token grid \[2"):
+        pipe(**call, num_frames=5)

@@ -193,7 +193,7 @@ def test_load_pipeline_refuses_what_it_cannot_run(tmp_path):
         ("adaspa-wan2.1-flagscale", 50, 0, 0),
         ("draft-wan2.1", 50, 12, 1),
         ("paro-wan2.1", 30, 0, 0),
-        ("radial-mini", 16, 4, 0),
+        *((f"{name}-mini", 16, 4, 0) for name in METHODS),
     ],
 )
 def test_presets_run_dense_where_their_sources_do(name, steps, dense_steps, dense_layers):
