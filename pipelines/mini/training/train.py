@@ -32,6 +32,8 @@ from vdit_sparse.pipelines.mini.training.checkpoints import (
 )
 from vdit_sparse.pipelines.mini.training.clips import ClipShape
 from vdit_sparse.pipelines.mini.training.denoiser import DenoiserSettings, train_denoiser
+from vdit_sparse.pipelines.mini.training.judge import JUDGES
+from vdit_sparse.pipelines.mini.training.judge_training import JudgeSettings, train_judge
 from vdit_sparse.pipelines.mini.training.models import SIZES
 from vdit_sparse.pipelines.mini.training.pacing import report
 from vdit_sparse.pipelines.mini.training.sample import PROMPTS, Sampling, load, sample_sheet
@@ -97,10 +99,19 @@ def build_parser() -> argparse.ArgumentParser:
             stage.add_argument("--pipeline", type=Path, help="default: FOLDER/mini")
         if name == "export":
             stage.add_argument("--max-shard", default="14MB")
+        if name == "judge":
+            _add_judge(stage)
         if name in SETTINGS:
             stage.add_argument("--resume", action="store_true")
             _add_settings(stage, SETTINGS[name])
     return parser
+
+
+def _add_judge(stage: argparse.ArgumentParser) -> None:
+    for side, default in (("height", 128), ("width", 224), ("frames", 25)):
+        stage.add_argument(f"--{side}", type=int, default=default)
+    stage.add_argument("--output", type=Path, help="default: FOLDER/judge")
+    _add_settings(stage, JudgeSettings)
 
 
 def _add_settings(stage: argparse.ArgumentParser, settings: type) -> None:
@@ -161,6 +172,17 @@ def _run_sample(options: argparse.Namespace) -> None:
     sample_sheet(pipeline, _shape(options), sampling, path)
 
 
+def _run_judge(options: argparse.Namespace) -> None:
+    train_judge(
+        _shape(options),
+        SIZES[options.sizes],
+        JUDGES[options.sizes],
+        _settings(options, JudgeSettings),
+        _checkpoints(options),
+        options.output or options.folder / "judge",
+    )
+
+
 def _run_structure(options: argparse.Namespace) -> None:
     pipeline = load(_pipeline_folder(options), options.device)
     sampling = Sampling(options.steps, options.guidance, options.seed)
@@ -177,6 +199,7 @@ RUNNERS = {
     "export": _run_export,
     "sample": _run_sample,
     "structure": _run_structure,
+    "judge": _run_judge,
     "adopt": _run_adopt,
 }
 SETTINGS = {"autoencoder": AutoencoderSettings, "denoiser": DenoiserSettings}
