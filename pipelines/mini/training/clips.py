@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vdit_sparse.pipelines.mini.training.captions import Spec
 from vdit_sparse.pipelines.mini.training.pacing import report
 from vdit_sparse.pipelines.mini.training.video import ProceduralVideo
 
@@ -15,6 +16,8 @@ SEEDS = {"held_out": 0, "autoencoder": 1_000_000, "denoiser": 2_000_000}
 
 # The generator draws all clips of one place together, so that large batches need fewer launches.
 _BATCH_BYTES = {"cuda": 3 * 2**31, "cpu": 2**26}
+# Single frames are small: their batches end here, or the time limit would hardly be looked at.
+_BATCH_CLIPS = 1024
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,28 @@ def render(shape: ClipShape, limit: Limit, seed: int) -> Iterator[tuple[Tensor, 
 
     At least one batch comes, however short the time. The last batch is cut to `limit.clips`.
     """
+    for video, specs in render_specs(shape, limit, seed):
+        yield video, [spec.caption for spec in specs]
+
+
+def render_specs(
+    shape: ClipShape, limit: Limit, seed: int
+) -> Iterator[tuple[Tensor, list[Spec]]]:
+    """Yields what `render` yields, with the clips' whole descriptions in place of captions.
+
+    Every batch has the next seed, counted on from `seed`.
+    """
     clip_bytes = 12 * shape.frames * shape.height * shape.width
     batch = max(1, _BATCH_BYTES.get(torch.device(shape.device).type, 2**28) // clip_bytes)
+    batch = min(batch, _BATCH_CLIPS)
     generator = ProceduralVideo(
         device=shape.device, height=shape.height, width=shape.width, frames=shape.frames
     )
     start, done = time.perf_counter(), 0
     while not done or (done < limit.clips and time.perf_counter() - start < limit.seconds):
         count = min(batch, limit.clips - done)
-        video, captions, _ = generator.batch(count, seed)
-        yield video, captions
+        video, _, specs = generator.batch(count, seed)
+        yield video, specs
         if shape.device.startswith("cuda"):
             # Without this the clock would only time the queueing of kernels.
             torch.cuda.synchronize()

@@ -35,9 +35,13 @@ class Pace:
         self.seconds = seconds
         self.warm_up, self.peak, self.final = warm_up, peak, final
 
+    def elapsed(self) -> float:
+        """Returns the seconds since the start."""
+        return time.perf_counter() - self.start
+
     def fraction(self) -> float:
         """Returns the elapsed share of the time, 0 to 1."""
-        return min(1.0, (time.perf_counter() - self.start) / max(self.seconds, 1e-9))
+        return min(1.0, self.elapsed() / max(self.seconds, 1e-9))
 
     def factor(self, step: int) -> float:
         """Returns the learning-rate factor of a 0-based step of this run, at this moment."""
@@ -59,6 +63,35 @@ class Average:
         """Moves towards `module`; early steps weigh more, so that the start is forgotten."""
         weight = 1 - min(self.decay, (step + 1) / (step + 20))
         torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), weight)
+
+
+class TimedAverage:
+    """A moving average of a module's weights whose length is in seconds, not in steps.
+
+    Steps of images, clips and long clips take different times, and so do machines; a length in
+    seconds averages over the same share of a run on all of them. While the training is young, the
+    length is a tenth of its age, so that the start is forgotten.
+
+    Args:
+        module: copied; the copy is the attribute `module`.
+        seconds: time constant of the exponential decay.
+    """
+
+    def __init__(self, module: nn.Module, seconds: float) -> None:
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.seconds = seconds
+        self.trained = 0.0
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, trained: float) -> None:
+        """Moves towards `module`, `trained` seconds after the first start of the training.
+
+        A training that is resumed sets the attribute `trained` to where it stopped.
+        """
+        length = max(min(self.seconds, trained / 10), 1e-9)
+        weight = -math.expm1((self.trained - trained) / length)
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), weight)
+        self.trained = trained
 
 
 class Optimizers:
