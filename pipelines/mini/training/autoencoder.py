@@ -20,7 +20,14 @@ from vdit_sparse.pipelines.mini.training.clips import (
     to_bytes,
 )
 from vdit_sparse.pipelines.mini.training.models import Sizes, build_autoencoder
-from vdit_sparse.pipelines.mini.training.pacing import Average, Meter, Optimizers, Pace, report
+from vdit_sparse.pipelines.mini.training.pacing import (
+    Meter,
+    Optimizers,
+    Pace,
+    TimedAverage,
+    report,
+)
+from vdit_sparse.pipelines.mini.training.st_lpips import PerceptualDistance
 from vdit_sparse.pipelines.mini.training.whole_clip import WholeClip
 
 LONG_EVERY = 8
@@ -30,7 +37,7 @@ PEAK = 255.0
 
 @dataclass(frozen=True)
 class AutoencoderSettings:
-    """How the autoencoder is trained; the defaults are the released recipe on one H200.
+    """How the autoencoder is trained; the defaults are recipe 2 of README.md on one H200.
 
     Attributes:
         seconds: the whole stage, rendering included.
@@ -40,19 +47,33 @@ class AutoencoderSettings:
             half of the time; 0 leaves them out.
         batch: crops a step.
         crop: side of the square crops in pixels, divisible by 16.
-        kl_weight: weight of the mean KL divergence to a standard normal.
+        kl_weight: weight of the mean KL divergence to a standard normal. Any weight has its
+            optimum at deviations near 1; 2e-6 pulled too weakly to get there (2 to 6 after 240 s).
+        decoder_from: from this share of the time on only the decoder learns; 1 for never.
+        latent_noise: then each crop's latents get noise of up to this share of their deviation,
+            because a denoiser's latents are not exact either.
+        perceptual: file of ST-LPIPS weights (`st_lpips.py`); then it joins the decoder's loss.
+        perceptual_weight: of ST-LPIPS beside the loss on pixels.
+        perceptual_frames: frames of every crop that ST-LPIPS looks at, new ones in every step.
+        average_seconds: length of the moving average of the weights.
         channels_last: keep the convolutions' weights and activations channels-last.
         compiled: compile the elementwise part between the convolutions.
     """
 
     seconds: float = 230.0
-    render_seconds: float = 45.0
+    render_seconds: float = 40.0
     clips: int = 1300
     long_clips: int = 96
     batch: int = 32
     crop: int = 80
-    kl_weight: float = 2e-6
-    channels_last: bool = False
+    kl_weight: float = 1e-4
+    decoder_from: float = 0.8
+    latent_noise: float = 0.1
+    perceptual: str = ""
+    perceptual_weight: float = 0.5
+    perceptual_frames: int = 8
+    average_seconds: float = 15.0
+    channels_last: bool = True
     compiled: bool = False
 
 
@@ -69,20 +90,21 @@ def train_autoencoder(
     if settings.channels_last:
         convert_conv3d_weight_memory_format(vae, torch.channels_last_3d)
         convert_conv2d_weight_memory_format(vae, torch.channels_last)
-    average = Average(vae, decay=0.995)
+    average = TimedAverage(vae, settings.average_seconds)
     optimizers = _optimizers(vae)
     step = _restore(checkpoints, vae, average, optimizers) if resume else 0
+    first, before = step, average.trained
+    objective = _Objective(WholeClip(vae, compiled=settings.compiled), settings, shape.device)
     pools = _render_pools(shape, settings)
     pace = Pace(settings.seconds - (time.perf_counter() - start))
     meter = Meter("autoencoder", shape.device)
-    clip = WholeClip(vae, compiled=settings.compiled)
-    first = step
     while pace.fraction() < 1 or step == first:
-        video = _next_batch(pools, settings, step if pace.fraction() > LONG_FROM else 1)
+        fraction = pace.fraction()
+        video = _next_batch(pools, settings, step if fraction > LONG_FROM else 1)
         with mixed_precision(shape.device):
-            loss = reconstruction_loss(clip, video, settings.kl_weight)
+            loss = objective(video, fraction)
         optimizers.step(loss, pace.factor(step - first))
-        average.update(vae, step)
+        average.update(vae, before + pace.elapsed())
         step += 1
         meter.add(loss, len(video), step)
     meter.flush(step)
@@ -90,8 +112,22 @@ def train_autoencoder(
     report("latent deviations", [round(value, 2) for value in std.tolist()])
     state = {"weights": vae.state_dict(), "average": average.module.state_dict(), "step": step}
     state |= {"optimizers": optimizers.state(), "mean": mean.cpu(), "std": std.cpu()}
-    checkpoints.save("autoencoder", state)
+    checkpoints.save("autoencoder", state | {"trained": average.trained})
     return meter.losses
+
+
+class _Objective:
+    """The loss of a batch: of both halves first, of the decoder alone at the end."""
+
+    def __init__(self, clip: WholeClip, settings: AutoencoderSettings, device: str) -> None:
+        self.clip, self.settings, self.perceptual = clip, settings, None
+        if settings.perceptual:
+            self.perceptual = PerceptualDistance(settings.perceptual).to(device)
+
+    def __call__(self, video: Tensor, fraction: float) -> Tensor:
+        if fraction < self.settings.decoder_from:
+            return reconstruction_loss(self.clip, video, self.settings.kl_weight)
+        return decoder_loss(self.clip, video, self.settings, self.perceptual)
 
 
 def mixed_precision(device: str) -> contextlib.AbstractContextManager:
@@ -112,11 +148,44 @@ def reconstruction_loss(clip: WholeClip, video: Tensor, kl_weight: float) -> Ten
     mean, log_variance = clip.encode(video).float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-12, 6)
     latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
-    error = clip.decode(latents).float() - video
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return _pixel_loss(clip.decode(latents).float() - video) + kl_weight * kl
+
+
+def decoder_loss(
+    clip: WholeClip,
+    video: Tensor,
+    settings: AutoencoderSettings,
+    perceptual: PerceptualDistance | None = None,
+) -> Tensor:
+    """Returns the pixels' loss, and ST-LPIPS if given, of the decoder on disturbed latents.
+
+    No gradient reaches the encoder, so latents that are cached now stay valid.
+
+    Args:
+        clip: the autoencoder.
+        video: `[batch, 3, frames, height, width]` in [-1, 1].
+        settings: latent_noise, perceptual_weight and perceptual_frames count.
+        perceptual: ST-LPIPS; None leaves its term out.
+    """
+    with torch.no_grad():
+        latents = clip.encode(video).float().chunk(2, dim=1)[0]
+        deviation = latents.std(dim=(0, 2, 3, 4), keepdim=True)
+        level = torch.rand(len(video), 1, 1, 1, 1, device=video.device) * settings.latent_noise
+        latents = latents + level * deviation * torch.randn_like(latents)
+    decoded = clip.decode(latents).float()
+    loss = _pixel_loss(decoded - video)
+    if perceptual is None:
+        return loss
+    frames = torch.randperm(video.shape[2], device=video.device)[: settings.perceptual_frames]
+    pictures = (x[:, :, frames].transpose(1, 2).flatten(0, 1) for x in (decoded, video))
+    return loss + settings.perceptual_weight * perceptual(*pictures).mean()
+
+
+def _pixel_loss(error: Tensor) -> Tensor:
     # Differences are linear, so the gradients' error is the error's gradient.
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.abs().mean() + 0.5 * error.square().mean() + 0.5 * edges + kl_weight * kl
+    return error.abs().mean() + 0.5 * error.square().mean() + 0.5 * edges
 
 
 @torch.no_grad()
@@ -195,11 +264,12 @@ def _next_batch(pools: list[Tensor], settings: AutoencoderSettings, step: int) -
 
 
 def _restore(
-    checkpoints: Checkpoints, vae: AutoencoderKLWan, average: Average, optimizers: Optimizers
+    checkpoints: Checkpoints, vae: AutoencoderKLWan, average: TimedAverage, optimizers: Optimizers
 ) -> int:
     state = checkpoints.load("autoencoder")
     vae.load_state_dict(state["weights"])
     average.module.load_state_dict(state["average"])
+    average.trained = state.get("trained", 0.0)
     if "optimizers" in state:
         optimizers.load(state["optimizers"])
     report(f"resumed the autoencoder at step {state['step']}")

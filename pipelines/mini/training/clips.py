@@ -61,9 +61,7 @@ def render(shape: ClipShape, limit: Limit, seed: int) -> Iterator[tuple[Tensor, 
         yield video, [spec.caption for spec in specs]
 
 
-def render_specs(
-    shape: ClipShape, limit: Limit, seed: int
-) -> Iterator[tuple[Tensor, list[Spec]]]:
+def render_specs(shape: ClipShape, limit: Limit, seed: int) -> Iterator[tuple[Tensor, list[Spec]]]:
     """Yields what `render` yields, with the clips' whole descriptions in place of captions.
 
     Every batch has the next seed, counted on from `seed`.

@@ -136,4 +136,3 @@ class Phrases:
         if word not in self._words:
             self._words[word] = self._tokenizer(word).input_ids[:-1]
         return self._words[word]
-
