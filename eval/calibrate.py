@@ -23,7 +23,11 @@ OnStep = Callable[[int, int, int], None]
 
 
 class Recorder(Protocol):
-    """A `SparseAttention` that writes down what it sees; serves one search."""
+    """A `SparseAttention` that writes down what it sees; serves one search.
+
+    One that must see all prompts more than once also has `passes`, how often, and `begin(number)`,
+    called before each pass with its number from 0.
+    """
 
     def result(self) -> dict[str, Tensor]:
         """What was found, as "<expert>.<name>", after all prompts."""
@@ -49,10 +53,12 @@ def calibrate(
     **settings,
 ) -> Calibration:
     """Calibrates a method on a loaded pipeline: generates every prompt with every seed, without
-    decoding, while the search's recorder stands in for attention, and saves what it found.
+    decoding, while the search's recorder stands in for attention, and saves what it found. A
+    recorder with `passes` gets all of them so many times.
 
     prompts, seeds: at least one each; one run after the other, each from the noise of its seed.
     out: the file to write, `.safetensors`; a former one is replaced at the end, at once.
+    on_step: called after each step; it counts the runs of all passes, `runs_of` of them.
     settings: the other arguments of the pipeline's call, the same in all runs: height, width,
         num_frames, num_inference_steps, guidance_scale, ...
 
@@ -68,13 +74,18 @@ def calibrate(
         )
     origin, recorder = _origin(pipe), search.recorder()
     with _applied(pipe, recorder) as summary:
-        for number, sample in enumerate(samples):
+        for number, sample in enumerate(_runs(recorder, samples)):
             run_prompt(pipe, *sample, lambda *at, n=number: on_step(n, *at), **settings)
         facts = _facts(search, summary())
     facts.update(origin=origin, prompts=tuple(prompts), seeds=tuple(seeds))
     calibration = Calibration(path=str(out), tensors=recorder.result(), **facts)
     save(calibration)
     return calibration
+
+
+def runs_of(search: Search, prompts: Sequence[str], seeds: Sequence[int]) -> int:
+    """How many runs a calibration makes, in all passes of its recorder."""
+    return _passes(search.recorder()) * len(prompts) * len(seeds)
 
 
 def density_of(
@@ -109,6 +120,19 @@ def run_prompt(
         raise RuntimeError(
             f"The latents of {prompt!r} hold NaN; load the model in bf16 or fp32 in place of fp16."
         )
+
+
+def _passes(recorder: Recorder) -> int:
+    return getattr(recorder, "passes", 1)
+
+
+def _runs(recorder: Recorder, samples: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """The samples of one pass after the other; the recorder is told where one begins."""
+    passes = _passes(recorder)
+    for number in range(passes):
+        if passes > 1:
+            recorder.begin(number)
+        yield from samples
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import vdit_sparse
 from tests.tiny_models import WAN_CALL, tiny_wan, wan_transformer
 from vdit_sparse.calibration import CalibratedAttention, load
-from vdit_sparse.eval.calibrate import calibrate, density_of
+from vdit_sparse.eval.calibrate import calibrate, density_of, runs_of
 from vdit_sparse.eval.calibrators import CALIBRATORS
 from vdit_sparse.grid import Grid
 from vdit_sparse.method import SparseAttention
@@ -124,6 +124,38 @@ def test_every_prompt_runs_with_every_seed_from_its_noise(pipe, search, tmp_path
     noise = torch.Generator("cpu").manual_seed(4)
     pipe(prompt="a dog", generator=noise, output_type="latent", **SETTINGS)
     assert torch.equal(search.made.queries[0], queries[6])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwicePassedRecorder(FakeRecorder):
+    """Asks for two passes, and writes down how many queries it had when each began."""
+
+    passes: ClassVar = 2
+    begun: list = field(default_factory=list, compare=False)
+
+    def begin(self, number):
+        self.begun.append((number, len(self.queries)))
+
+
+def test_a_recorder_may_ask_for_several_passes(pipe, search, tmp_path):
+    FakeSearch.made = TwicePassedRecorder()
+    seen = []
+    calibrate(
+        pipe,
+        search,
+        ["a cat", "a dog"],
+        [3],
+        out=tmp_path / "x",
+        on_step=lambda *at: seen.append(at),
+        **SETTINGS,
+    )
+    runs = runs_of(search, ["a cat", "a dog"], [3])
+    assert runs == 4 and seen == [(run, step, 3) for run in range(runs) for step in (1, 2, 3)]
+    assert search.made.begun == [(0, 0), (1, 4)]
+    first, second = (torch.stack(x) for x in (search.made.queries[:4], search.made.queries[4:]))
+    assert torch.equal(first, second)
+    FakeSearch.made = FakeRecorder()
+    assert runs_of(search, ["a cat", "a dog"], [3]) == 2
 
 
 def test_after_an_error_attention_is_stock_and_nothing_is_written(pipe, tmp_path):

@@ -8,20 +8,21 @@ import torch.nn.functional as F
 
 from vdit_sparse.calibration import Calibration, save
 from vdit_sparse.call import Call, Origin
-from vdit_sparse.eval.calibrators.paro import PAROSearch
+from vdit_sparse.eval.calibrators.paro import PAROSearch, memory
 from vdit_sparse.eval.calibrators.paro_tiles import (
     choose_orders,
     coverage,
     empty_share,
     incoherence,
     keep_heaviest,
+    sample_rows,
     threshold,
     tile_statistics,
 )
 from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_mass import block_mass
 from vdit_sparse.methods.paro import PAROAttention, unpack
-from vdit_sparse.orders import AXES
+from vdit_sparse.orders import AXES, axis_order
 
 GRID, BLOCK, STEPS = Grid(8, 8, 8), 64, 6
 # How fast attention falls along frames, rows and columns; 0 not at all.
@@ -52,11 +53,27 @@ def call_at(grid, step=0, layer=0, layers=1, steps=STEPS, expert="transformer"):
     return Call(grid, layer, layers, step, steps, {}, Origin(expert=expert))
 
 
-def searched(search, qkv, grid=GRID, steps=STEPS):
+def recorded(search, calls):
+    """The recorder after both passes over calls of (q, k, v) and place."""
     recorder = search.recorder()
-    for step in range(steps):
-        recorder(*qkv, call_at(grid, step, steps=steps))
-    return recorder.result()
+    for number in range(recorder.passes):
+        recorder.begin(number)
+        for qkv, call in calls:
+            recorder(*qkv, call)
+    return recorder
+
+
+def searched(search, qkv, grid=GRID, steps=STEPS):
+    calls = [(qkv, call_at(grid, step, steps=steps)) for step in range(steps)]
+    return recorded(search, calls).result()
+
+
+def probabilities(q, k, axes, grid):
+    """Softmax in fp64 as tiles `[B, H, tiles, BLOCK, tiles, BLOCK]`, the video in that order."""
+    order, edge = axis_order(grid, axes, q.device), grid.video // BLOCK * BLOCK
+    scores = q[:, :, order].double() @ k[:, :, order].double().mT * q.shape[-1] ** -0.5
+    p = torch.softmax(scores, -1)[..., :edge, :edge]
+    return p.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
 
 
 def as_calibration(search, found, grid, path):
@@ -138,11 +155,12 @@ def test_second_half_of_the_run_shares_its_masks():
 
 
 def test_bins_hold_the_masks_of_their_own_steps(device):
-    recorder = PAROSearch(density=0.3).recorder()
     kinds = [ALONG_F, IN_FRAME, SPREAD, ALONG_H, ALONG_H, ALONG_H]
-    for step, kind in enumerate(kinds):
-        recorder(*planted(GRID, (kind,), device, noise=1.0), call_at(GRID, step))
-    found = recorder.result()
+    calls = [
+        (planted(GRID, (kind,), device, noise=1.0), call_at(GRID, step))
+        for step, kind in enumerate(kinds)
+    ]
+    found = recorded(PAROSearch(density=0.3), calls).result()
     assert found["transformer.bin"].tolist() == [0, 1, 2, 3, 3, 3]
     keep = unpack(found["transformer.keep"], 8)[:, 0, 0]
     assert all(not torch.equal(keep[i], keep[j]) for i in range(4) for j in range(i))
@@ -151,12 +169,9 @@ def test_bins_hold_the_masks_of_their_own_steps(device):
 def test_shared_masks_come_from_the_mean_map(device):
     calls = [planted(GRID, (ALONG_F, SPREAD), device, noise=1.0) for _ in range(3)]
     search = PAROSearch(bins=1, density=0.4)
-    together = search.recorder()
-    together(*(torch.cat(x) for x in zip(*calls, strict=True)), call_at(GRID, 0, steps=1))
-    apart = search.recorder()
-    for qkv in calls:
-        apart(*qkv, call_at(GRID, 0, steps=1))
-    one, other = together.result(), apart.result()
+    batch, call = [torch.cat(x) for x in zip(*calls, strict=True)], call_at(GRID, 0, steps=1)
+    one = recorded(search, [(batch, call)]).result()
+    other = recorded(search, [(qkv, call) for qkv in calls]).result()
     for name in ("density", "coverage", "kept_mass"):
         torch.testing.assert_close(
             one[f"transformer.{name}"], other[f"transformer.{name}"], atol=2e-2, rtol=2e-2
@@ -198,6 +213,96 @@ def test_recorder_answers_dense_attention(device):
     assert call.note.density == 1 and call.note.searched
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize("grid", [Grid(7, 8, 10), Grid(5, 9, 10, 17)], ids=str)
+def test_with_all_steps_and_rows_orders_are_those_of_whole_maps(grid, alpha, device):
+    heads = (ALONG_F, ALONG_H, ALONG_W, SOFT_F)
+    calls = [
+        (planted(grid, heads, device, noise=1.0), call_at(grid, step, steps=3)) for step in range(3)
+    ]
+    search = PAROSearch(bins=1, alpha=alpha, order_steps=3, order_rows=1000, epsilon=1e-3)
+    found = recorded(search, calls).result()
+    metrics = torch.zeros(3, 6, 4, dtype=torch.float64)
+    for (q, k, _), _ in calls:
+        for i, axes in enumerate(AXES):
+            p = probabilities(q, k, axes, grid)[0].cpu()
+            empty = (p < 1e-3).double().mean((2, 4)) >= 0.999
+            spread = p.amax((2, 4)) / p.mean((2, 4))
+            covered = torch.stack([coverage(x) for x in p.sum((2, 4))])
+            metrics[:, i] += torch.stack(
+                [empty.double().mean((1, 2)), spread.mean((1, 2)), covered]
+            )
+    choice = choose_orders(*(metrics[:2] / 3)[:, None], alpha)[0]
+    assert found["transformer.order"][0].tolist() == choice.tolist()
+    torch.testing.assert_close(found["transformer.coverage"][0], (metrics[2] / 3).T.float())
+
+
+def test_masks_come_from_the_map_under_the_chosen_orders(device):
+    grid = Grid(5, 9, 10, 17)
+    qkv = planted(grid, (ALONG_F, ALONG_H), device, noise=1.0)
+    recorder = recorded(PAROSearch(bins=1), [(qkv, call_at(grid, steps=1))])
+    for head, axes in enumerate(names(recorder.result())):
+        p = probabilities(*(x[:, head : head + 1] for x in qkv[:2]), axes, grid)[0, 0].cpu()
+        expected = p.sum((1, 3)) * (p.shape[0] / BLOCK)
+        held = recorder.record.found["transformer"][0].maps[0][head]
+        torch.testing.assert_close(held.double(), expected, atol=1e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("order_rows", [4, 8])
+def test_sampled_rows_find_the_planted_orders_too(order_rows, device):
+    grid = Grid(8, 16, 16)
+    heads = (ALONG_F, ALONG_H, ALONG_W)
+    search = PAROSearch(bins=1, order_rows=order_rows)
+    found = searched(search, planted(grid, heads, device, noise=1.0), grid, 2)
+    assert [name[-1] for name in names(found)] == ["F", "H", "W"]
+
+
+def test_every_row_is_sampled_equally_often():
+    draws = 3000
+    generator = torch.Generator().manual_seed(1)
+    for tiles, count in ((10, 4), (7, 6), (5, 1)):
+        rows = torch.stack([sample_rows(tiles, count, generator) for _ in range(draws)])
+        assert rows.shape == (draws, count) and (rows.diff(dim=1) >= 0).all()
+        often = torch.bincount(rows.flatten(), minlength=tiles) / (draws * count)
+        # Six standard deviations.
+        assert (often - 1 / tiles).abs().max() < 6 * (1 / tiles / (draws * count)) ** 0.5
+    for count in (7, 100):
+        assert torch.equal(sample_rows(7, count, generator), torch.arange(7))
+
+
+def test_orders_are_measured_at_few_steps_from_the_first_to_the_last(device):
+    assert PAROSearch().measured_steps(40) == {0, 13, 26, 39}
+    assert PAROSearch(order_steps=1).measured_steps(9) == {4}
+    for steps in (1, 2, 5, 8):
+        for count in (steps, steps + 1, 50):
+            measured = PAROSearch(order_steps=count).measured_steps(steps)
+            assert measured == set(range(steps)) or count == 1
+    recorder, qkv = PAROSearch(order_steps=2).recorder(), planted(GRID, (ALONG_F,), device)
+    calls = [call_at(GRID, step) for step in range(STEPS)]
+    for call in calls:
+        recorder(*qkv, call)
+    assert [call.note.searched for call in calls] == [True] + [False] * 4 + [True]
+    sums = recorder.record.found["transformer"][0]
+    assert sums.measured == 2 and not sums.maps and sums.metrics.shape == (3, 6, 1)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("bins", ["half", 2])
+def test_memory_is_that_of_the_maps(block, bins, device):
+    grid, search = Grid(5, 9, 10, 17), PAROSearch(block=block, bins=bins)
+    qkv = planted(grid, (ALONG_F, SPREAD, IN_FRAME), device)
+    calls = [
+        (qkv, call_at(grid, step, layer, layers=2, steps=3))
+        for step in range(3)
+        for layer in range(2)
+    ]
+    layers = recorded(search, calls).record.found["transformer"].values()
+    held = sum(x.nbytes for sums in layers for x in sums.maps.values())
+    assert held == memory(search, grid, layers=2, heads=3, steps=3)
+    wan = memory(PAROSearch(bins=4), Grid(21, 45, 80), layers=40, heads=40, steps=50)
+    assert wan == 2 * 4 * 1600 * 1181**2
+
+
 @pytest.mark.parametrize("rows", [1, 128])
 def test_tile_statistics_equal_those_of_the_map(rows, device, monkeypatch):
     monkeypatch.setattr("vdit_sparse.eval.calibrators.paro_tiles.CHUNK", rows * 192)
@@ -234,11 +339,11 @@ def test_empty_tiles_speak_for_an_order_and_incoherence_against_it():
 
 
 def test_threshold_is_monotone_and_exact():
-    maps = [torch.rand(2, 3, 9, 9).half() for _ in range(2)]
+    maps = [torch.rand(3, 9, 9).half() for _ in range(4)]
     shares = [0.1, 0.3, 0.5, 0.9, 1.0]
     levels = [float(threshold(maps, share)) for share in shares]
     assert levels == sorted(levels, reverse=True)
-    kept = [torch.stack(keep_heaviest(maps, share, "threshold", 64)) for share in shares]
+    kept = [torch.stack([*keep_heaviest(maps, share, "threshold", 64)]) for share in shares]
     for fewer, more in zip(kept, kept[1:], strict=False):
         assert not (fewer & ~more).any()
     for share, keep in zip(shares, kept, strict=True):
@@ -254,14 +359,15 @@ def test_an_image_has_two_orders_and_the_first_of_equal_ones_is_taken(device):
 
 
 def test_experts_are_searched_apart(device):
-    recorder = PAROSearch(bins=3).recorder()
     qkv = planted(GRID, (ALONG_F,), device)
-    for step in range(STEPS):
-        recorder(*qkv, call_at(GRID, step, expert="transformer" if step < 2 else "transformer_2"))
-    found = recorder.result()
+    experts = ["transformer"] * 2 + ["transformer_2"] * 4
+    calls = [(qkv, call_at(GRID, step, expert=name)) for step, name in enumerate(experts)]
+    found = recorded(PAROSearch(bins=3), calls).result()
     assert found["transformer.bin"].tolist() == [0, 0, -1, -1, -1, -1]
     assert found["transformer_2.bin"].tolist() == [-1, -1, 0, 0, 1, 1]
     assert [len(found[f"{name}.keep"]) for name in ("transformer", "transformer_2")] == [1, 2]
+    with pytest.raises(ValueError, match="No order can be chosen for transformer, .*order_steps=1"):
+        recorded(PAROSearch(order_steps=1), calls)
 
 
 def test_what_cannot_be_searched_raises(device):
@@ -274,10 +380,23 @@ def test_what_cannot_be_searched_raises(device):
     small = Grid(1, 7, 9, 3)
     with pytest.raises(ValueError, match="63 tokens, less than one block of 64"):
         recorder(*planted(small, (ALONG_F,), device), call_at(small))
+    with pytest.raises(ValueError, match="passes of this recorder are 0 and 1, got 2"):
+        recorder.begin(2)
+    recorder.begin(0)
     recorder(*qkv, call_at(GRID, layers=2))
     with pytest.raises(ValueError, match="one grid and number of steps"):
         recorder(*qkv, call_at(Grid(4, 16, 8), layers=2))
     with pytest.raises(ValueError, match=r"Layers \[1\] of 2 were not recorded"):
+        recorder.begin(1)
+    with pytest.raises(ValueError, match=r"call begin\(1\) and run the same prompts once more"):
+        recorder.result()
+    recorder(*qkv, call_at(GRID, layer=1, layers=2))
+    recorder.begin(1)
+    with pytest.raises(ValueError, match="Layer 0 of transformer_2 was not in the first pass"):
+        recorder(*qkv, call_at(GRID, layers=2, expert="transformer_2"))
+    recorder.record.found.pop("transformer_2")
+    recorder(*qkv, call_at(GRID, layer=1, layers=2))
+    with pytest.raises(ValueError, match=r"Layers \[0\] of 2 were not recorded"):
         recorder.result()
 
 
@@ -293,6 +412,8 @@ def test_what_cannot_be_searched_raises(device):
         ({"mode": "rows"}, "mode must be one of"),
         ({"bins": 0}, 'bins must be "half" or an integer of at least 1, got 0'),
         ({"bins": "all"}, "bins must be"),
+        ({"order_steps": 0}, "order_steps must be an integer of at least 1, got 0"),
+        ({"order_rows": 2.0}, "order_rows must be an integer of at least 1, got 2.0"),
     ],
 )
 def test_fields_out_of_range_raise(fields, message):
