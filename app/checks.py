@@ -15,6 +15,8 @@ from vdit_sparse.app.request import Request
 from vdit_sparse.eval.denoise import call_parameters
 
 MOST_SEED = 2**63 - 1
+# What is asked for where the bundled model is: itself, or its few-step variant.
+BUNDLED = (None, "mini-fast")
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,9 @@ def read_image(path: Path | None) -> Image.Image | None:
 
 
 def geometry_of_folder(model: str | Path | None) -> Geometry | None:
-    """The geometry of the bundled model (None) or of a model in a folder, read off its
+    """The geometry of the bundled model (None or mini-fast) or of a model in a folder, read off its
     configuration; None where that does not say."""
-    folder = bundled_model() if model is None else Path(model)
+    folder = bundled_model() if model in BUNDLED else Path(model)
     try:
         vae = json.loads((folder / "vae" / "config.json").read_text())
         transformer = json.loads((folder / "transformer" / "config.json").read_text())

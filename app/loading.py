@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from vdit_sparse.app.checks import check_after_loading, check_device
+from vdit_sparse.app.checks import BUNDLED, check_after_loading, check_device
 from vdit_sparse.app.options import DTYPES, InputError
 from vdit_sparse.app.request import Request
 from vdit_sparse.eval.denoise import call_parameters
@@ -93,7 +93,7 @@ def _is_of_the_source(error: Exception) -> bool:
 def _load_error(model: str | None, error: Exception) -> str:
     """One line about a model that could not be loaded."""
     said = " ".join(str(error).split())[:300] or type(error).__name__
-    if model is None or Path(model).exists():
+    if model in BUNDLED or Path(model).exists():
         return f"Cannot load {model or 'the bundled model'}: {said}"
     if model.startswith((".", "/", "~")):
         return f"There is no model folder {model}."

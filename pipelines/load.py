@@ -7,7 +7,11 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from vdit_sparse.pipelines.few_step import load_few_step
+
 MINI = Path(__file__).parent / "mini"
+# The bundled model in few steps; a folder of this name is "./mini-fast".
+FEW_STEP = "mini-fast"
 
 # Class in a checkpoint's model_index.json -> ours, imported on demand.
 PIPELINES = {
@@ -27,23 +31,28 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """A diffusers pipeline whose `set_attn_processor` takes a sparse attention method.
 
-    model: None for the bundled text-to-video model, a folder, or a hub id.
+    model: None for the bundled text-to-video model, "mini-fast" for the same in few steps without
+        guidance, a folder, or a hub id.
     dtype: of all weights; default bf16 on a GPU, and on a CPU that multiplies it natively, else
         fp32. The VAE of large models stays in fp32, as their authors run it.
     device: default the GPU if there is one, else the CPU.
     image_to_video: load a text-to-video checkpoint that also takes images (Wan 2.2 TI2V-5B) as its
         image-to-video pipeline.
 
-    Raises FileNotFoundError for a folder without model_index.json, ValueError for a pipeline class
-    that is not supported (naming those that are), and OSError as the hub client does.
+    Raises FileNotFoundError for a folder without model_index.json and for "mini-fast" where its
+    weights are missing, ValueError for a pipeline class that is not supported (naming those that
+    are) or few-step weights of another transformer, and OSError as the hub client does.
     """
-    source = MINI if model is None else model
+    bundled, few_step = model in (None, FEW_STEP), model == FEW_STEP
+    source = MINI if bundled else model
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or default_dtype(device)
     cls = _pipeline_class(source, image_to_video)
-    dtypes = dtype if model is None else {"default": dtype, "vae": torch.float32}
+    dtypes = dtype if bundled else {"default": dtype, "vae": torch.float32}
     pipe = cls.from_pretrained(source, dtype=dtypes)
     pipe.generation = _generation(source)
+    if few_step:
+        pipe.generation |= load_few_step(pipe, MINI)
     return pipe.to(device)
 
 

@@ -20,7 +20,7 @@ from vdit_sparse.pipelines.mini.training.pacing import report
 TOKENIZER = Path(__file__).parent.parent / "tokenizer"
 # Transformers 5 calls it TokenizersBackend, a name that transformers 4 does not know.
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
-STAGES = ("autoencoder", "denoiser")
+STAGES = ("autoencoder", "denoiser", "distill")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch._dynamo
 
+from vdit_sparse.pipelines.few_step import load_few_step
 from vdit_sparse.pipelines.mini.training.autoencoder import (
     AutoencoderSettings,
     evaluate_autoencoder,
@@ -32,6 +33,11 @@ from vdit_sparse.pipelines.mini.training.checkpoints import (
 )
 from vdit_sparse.pipelines.mini.training.clips import ClipShape
 from vdit_sparse.pipelines.mini.training.denoiser import DenoiserSettings, train_denoiser
+from vdit_sparse.pipelines.mini.training.distill import (
+    DistillSettings,
+    export_student,
+    train_student,
+)
 from vdit_sparse.pipelines.mini.training.judge import JUDGES
 from vdit_sparse.pipelines.mini.training.judge_training import JudgeSettings, train_judge
 from vdit_sparse.pipelines.mini.training.models import SIZES
@@ -83,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         stage.add_argument("--sizes", choices=sorted(SIZES), default="released")
         stage.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         stage.add_argument("--seed", type=int, default=0)
-        if name in ("autoencoder", "evaluate", "denoiser", "sample", "structure"):
+        if name in ("autoencoder", "evaluate", "denoiser", "distill", "sample", "structure"):
             for side, default in (("height", 256), ("width", 448), ("frames", 25)):
                 stage.add_argument(f"--{side}", type=int, default=default)
         if name in ("sample", "structure"):
@@ -95,10 +101,12 @@ def build_parser() -> argparse.ArgumentParser:
             stage.add_argument("--clips", type=int, default=64)
         if name == "tokenizer":
             stage.add_argument("--captions", type=int, default=20_000)
-        if name in ("export", "sample", "structure", "adopt"):
+        if name in ("export", "distill", "sample", "structure", "adopt"):
             stage.add_argument("--pipeline", type=Path, help="default: FOLDER/mini")
         if name == "export":
             stage.add_argument("--max-shard", default="14MB")
+        if name == "sample":
+            stage.add_argument("--few-step", action="store_true", help="by stage distill's LoRA")
         if name == "judge":
             _add_judge(stage)
         if name in SETTINGS:
@@ -143,7 +151,7 @@ def _run_tokenizer(options: argparse.Namespace) -> None:
 
 
 def _run_training(options: argparse.Namespace) -> None:
-    train = {"autoencoder": train_autoencoder, "denoiser": train_denoiser}[options.stage]
+    train = TRAINERS[options.stage]
     settings = _settings(options, SETTINGS[options.stage])
     sizes = SIZES[options.sizes]
     train(_shape(options), sizes, settings, _checkpoints(options), options.resume)
@@ -165,9 +173,17 @@ def _run_adopt(options: argparse.Namespace) -> None:
     adopt(_pipeline_folder(options), _checkpoints(options))
 
 
+def _run_distill(options: argparse.Namespace) -> None:
+    _run_training(options)
+    export_student(_checkpoints(options), _pipeline_folder(options))
+
+
 def _run_sample(options: argparse.Namespace) -> None:
     pipeline = load(_pipeline_folder(options), options.device)
     sampling = Sampling(options.steps, options.guidance, options.seed)
+    if options.few_step:
+        own = load_few_step(pipeline, _pipeline_folder(options))
+        sampling = Sampling(own["num_inference_steps"], own["guidance_scale"], options.seed)
     path = options.output or options.folder / f"samples_{options.height}x{options.width}.png"
     sample_sheet(pipeline, _shape(options), sampling, path)
 
@@ -199,10 +215,20 @@ RUNNERS = {
     "export": _run_export,
     "sample": _run_sample,
     "structure": _run_structure,
+    "distill": _run_distill,
     "judge": _run_judge,
     "adopt": _run_adopt,
 }
-SETTINGS = {"autoencoder": AutoencoderSettings, "denoiser": DenoiserSettings}
+SETTINGS = {
+    "autoencoder": AutoencoderSettings,
+    "denoiser": DenoiserSettings,
+    "distill": DistillSettings,
+}
+TRAINERS = {
+    "autoencoder": train_autoencoder,
+    "denoiser": train_denoiser,
+    "distill": train_student,
+}
 
 
 if __name__ == "__main__":
