@@ -17,7 +17,7 @@ from vdit_sparse.app.options import InputError, hint, with_settings
 from vdit_sparse.app.request import Request, parse_request
 from vdit_sparse.app.terminal import Progress
 from vdit_sparse.calibration import Calibration
-from vdit_sparse.eval.calibrate import Search, density_of
+from vdit_sparse.eval.calibrate import Search, density_of, runs_of
 from vdit_sparse.eval.calibrate import calibrate as search_for
 from vdit_sparse.eval.calibrators import CALIBRATORS
 from vdit_sparse.methods import METHODS
@@ -175,7 +175,7 @@ def calibrate(request: CalibrationRequest, progress: Progress) -> list[str]:
 
 
 def _search(pipe, request: CalibrationRequest, settings: dict, progress: Progress) -> Calibration:
-    runs = len(request.prompts) * len(request.seeds)
+    runs = runs_of(request.search, request.prompts, request.seeds)
 
     def on_step(run: int, done: int, total: int) -> None:
         progress(f"run {run + 1}/{runs}", done, total)

@@ -54,8 +54,8 @@ def test_a_file_is_made_and_used(cli, words, tmp_path, tiny_model):
     assert made_from == "made from: prompts 2, seeds 2"
     assert re.match(r"density: 0\.\d{3}, ", density)
     assert f"--method paro --set calibration={out}" in use
-    for run in range(1, 5):
-        assert f"run {run}/4" in result.stderr
+    for run in range(1, 9):  # two passes
+        assert f"run {run}/8" in result.stderr
 
     video = ["generate", "--prompt", "a cow", "--model", tiny_model, "--method", "paro"]
     video += ["--set", f"calibration={out}"]
