@@ -2,7 +2,6 @@
 
 import random
 import time
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,55 +11,26 @@ from transformers import UMT5EncoderModel
 
 from vdit_sparse.pipelines.mini.training.attention_speed import fastest_attention
 from vdit_sparse.pipelines.mini.training.autoencoder import mixed_precision
-from vdit_sparse.pipelines.mini.training.checkpoints import (
-    Checkpoints,
-    load_autoencoder,
-    load_tokenizer,
-)
-from vdit_sparse.pipelines.mini.training.clips import SEEDS, ClipShape, Limit
-from vdit_sparse.pipelines.mini.training.latents import LatentSet, cache_latents
+from vdit_sparse.pipelines.mini.training.batches import Batch, Batches, Kind, LatentLibrary
+from vdit_sparse.pipelines.mini.training.checkpoints import Checkpoints
+from vdit_sparse.pipelines.mini.training.clips import ClipShape
+from vdit_sparse.pipelines.mini.training.curriculum import DenoiserSettings, parse_stages
+from vdit_sparse.pipelines.mini.training.fused_attention import fuse_attention
 from vdit_sparse.pipelines.mini.training.models import (
     HEAD_DIM,
     Sizes,
     build_text_encoder,
     build_transformer,
 )
-from vdit_sparse.pipelines.mini.training.pacing import Average, Meter, Optimizers, Pace, report
+from vdit_sparse.pipelines.mini.training.pacing import (
+    Meter,
+    Optimizers,
+    Pace,
+    TimedAverage,
+    report,
+)
 
-DROP_CAPTION = 0.1
-PAD_LENGTHS, PAD_SHARES = (64, 128, 226, 512), (0.7, 0.1, 0.1, 0.1)
-LONG_FROM = 2 / 3
-LONG_SHARE = 0.06
-
-
-@dataclass(frozen=True)
-class DenoiserSettings:
-    """How one resolution is trained; see README.md for the released recipe.
-
-    Attributes:
-        seconds: the whole stage, rendering and compiling included.
-        render_seconds: at most this long for rendering and encoding.
-        clips: clips to render and encode at most.
-        long_clips: clips of twice the length (`2 frames - 1`), 6 % of the batches in the last
-            third of the time; 0 leaves them out.
-        batch: clips a step; a step of long clips has three eighths of it.
-        shift: of the noise levels, `t' = s t / (1 + (s-1) t)`; larger pictures need more noise.
-        peak: largest learning-rate factor.
-        final: learning-rate factor at the end.
-        compiled: compile the transformer's blocks.
-        attention: diffusers' backend for self-attention, or "fastest" to time them first.
-    """
-
-    seconds: float = 430.0
-    render_seconds: float = 75.0
-    clips: int = 20_000
-    long_clips: int = 0
-    batch: int = 64
-    shift: float = 3.0
-    peak: float = 1.0
-    final: float = 0.02
-    compiled: bool = True
-    attention: str = "fastest"
+WARM_UP = 100
 
 
 class Denoiser(nn.Module):
@@ -104,35 +74,106 @@ def train_denoiser(
     checkpoints: Checkpoints,
     resume: bool = False,
 ) -> list[float]:
-    """Trains at one resolution and saves; returns the mean losses on the way."""
-    start = time.perf_counter()
-    sets = _latent_sets(shape, sizes, settings, checkpoints)
-    model = Denoiser(sizes).to(shape.device)
-    average = Average(model, decay=0.999)
-    optimizers = _optimizers(model)
-    step = _restore(checkpoints, model, average, optimizers) if resume else 0
-    attention = _choose_attention(sets[0], sizes, settings, shape)
-    if settings.compiled:
-        compile_blocks(model.transformer)
-    with_attention(model.transformer, attention)
+    """Trains one stage after the other, saving after each; returns the mean losses on the way.
+
+    Args:
+        shape: size of the clips where `settings.stages` is empty, and the device.
+        sizes: of the networks.
+        settings: options, and with `stages` a whole curriculum.
+        checkpoints: has the autoencoder, gets the denoiser.
+        resume: go on from the denoiser's checkpoint, optimizers and average included.
+    """
+    start, stages = time.perf_counter(), parse_stages(shape, settings)
+    run = _Run(sizes, settings, shape.device)
+    if resume:
+        run.restore(checkpoints.load("denoiser"))
+    library = LatentLibrary(checkpoints, sizes, shape.device)
+    losses = []
+    for place, stage in stages:
+        report(f"stage {place}: {stage}")
+        losses += _train_stage(run, Batches(library, place, stage), stage, start)
+        checkpoints.save("denoiser", run.state())
+        start = time.perf_counter()
+    return losses
+
+
+class _Run:
+    """All that outlives a stage: the networks, their average, the optimizers, the counts."""
+
+    def __init__(self, sizes: Sizes, settings: DenoiserSettings, device: str) -> None:
+        self.model = Denoiser(sizes).to(device)
+        self.device, self.heads = device, sizes.heads
+        self.average = TimedAverage(self.model, settings.average_seconds)
+        self.optimizers = _optimizers(self.model, settings)
+        self.step = 0
+        self.compiled = settings.compiled
+        if settings.fused:
+            fuse_attention(self.model.transformer)
+        if settings.compiled:
+            compile_blocks(self.model.transformer)
+
+    def loss(self, batch: Batch) -> Tensor:
+        with mixed_precision(self.device):
+            return flow_loss(
+                self.model, batch.latents, batch.tokens, (batch.shift, batch.pad_length)
+            )
+
+    def compile(self, kinds: list[Kind]) -> None:
+        """Runs one step of every shape, without learning from it, before the clock starts."""
+        dice = random.Random(0)
+        for kind in kinds if self.compiled else ():
+            start = time.perf_counter()
+            self.loss(kind.draw(dice)).backward()
+            self.model.zero_grad(set_to_none=True)
+            if self.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            report(f"first step of {kind.shape}: {time.perf_counter() - start:.1f} s")
+
+    def state(self) -> dict:
+        average = self.average.module
+        return {
+            "transformer": self.model.transformer.state_dict(),
+            "text_encoder": self.model.text_encoder.state_dict(),
+            "transformer_average": average.transformer.state_dict(),
+            "text_encoder_average": average.text_encoder.state_dict(),
+            "optimizers": self.optimizers.state(),
+            "step": self.step,
+            "trained": self.average.trained,
+        }
+
+    def restore(self, state: dict) -> None:
+        average = self.average.module
+        self.model.transformer.load_state_dict(state["transformer"])
+        self.model.text_encoder.load_state_dict(state["text_encoder"])
+        average.transformer.load_state_dict(state["transformer_average"])
+        average.text_encoder.load_state_dict(state["text_encoder_average"])
+        if "optimizers" in state:
+            self.optimizers.load(state["optimizers"])
+        self.step, self.average.trained = state["step"], state.get("trained", 0.0)
+        report(f"resumed the denoiser at step {self.step}, {self.average.trained:.0f} s")
+
+
+def _train_stage(
+    run: _Run, batches: Batches, settings: DenoiserSettings, start: float
+) -> list[float]:
+    with_attention(run.model.transformer, _choose_attention(batches.clips, run, settings))
+    run.compile(batches.kinds())
     pace = Pace(
         settings.seconds - (time.perf_counter() - start),
-        warm_up=100,
+        warm_up=WARM_UP if run.step < WARM_UP else WARM_UP // 4,
         peak=settings.peak,
         final=settings.final,
     )
-    meter, dice, first = Meter("denoiser", shape.device), random.Random(step), step
-    while pace.fraction() < 1 or step == first:
-        latents, tokens = _next_batch(sets, settings, dice, pace.fraction())
-        (pad_length,) = dice.choices(PAD_LENGTHS, PAD_SHARES)
-        with mixed_precision(shape.device):
-            loss = flow_loss(model, latents, tokens, (settings.shift, pad_length))
-        optimizers.step(loss, pace.factor(step - first))
-        average.update(model, step)
-        step += 1
-        meter.add(loss, len(latents), step)
-    meter.flush(step)
-    checkpoints.save("denoiser", _state(model, average, optimizers, step))
+    meter, dice = Meter("denoiser", run.device), random.Random(run.step)
+    first, before = run.step, run.average.trained
+    while pace.fraction() < 1 or run.step == first:
+        batch = batches.draw(dice, pace.fraction())
+        loss = run.loss(batch)
+        run.optimizers.step(loss, pace.factor(run.step - first))
+        run.average.update(run.model, before + pace.elapsed())
+        run.step += 1
+        meter.add(loss, len(batch.latents), run.step)
+    meter.flush(run.step)
     return meter.losses
 
 
@@ -179,68 +220,18 @@ def _mark_text_length(embedder: nn.Module, inputs: tuple, outputs: tuple) -> Non
     torch._dynamo.maybe_mark_dynamic(outputs[2], 1)
 
 
-def _choose_attention(
-    data: LatentSet, sizes: Sizes, settings: DenoiserSettings, shape: ClipShape
-) -> str:
+def _choose_attention(kind: Kind, run: _Run, settings: DenoiserSettings) -> str:
     if settings.attention != "fastest":
         return settings.attention
-    frames, height, width = data.latents.shape[2:]
+    batch, _, frames, height, width = kind.shape
     tokens = frames * (height // 2) * (width // 2)
-    return fastest_attention((settings.batch, tokens, sizes.heads, HEAD_DIM), shape.device)
+    return fastest_attention((batch, tokens, run.heads, HEAD_DIM), run.device)
 
 
-def _latent_sets(
-    shape: ClipShape, sizes: Sizes, settings: DenoiserSettings, checkpoints: Checkpoints
-) -> list[LatentSet]:
-    vae = load_autoencoder(checkpoints, sizes).to(shape.device)
-    tokenizer = load_tokenizer(checkpoints.tokenizer)
-    share = 0.88 if settings.long_clips else 1.0
-    limit = Limit(settings.clips, settings.render_seconds * share)
-    # Every resolution gets its own clips: two stages then see more of them than one.
-    seed = SEEDS["denoiser"] + 1000 * shape.height
-    sets = [cache_latents(vae, tokenizer, shape, limit, seed)]
-    if settings.long_clips:
-        long = ClipShape(shape.height, shape.width, 2 * shape.frames - 1, shape.device)
-        limit = Limit(settings.long_clips, settings.render_seconds * (1 - share))
-        sets.append(cache_latents(vae, tokenizer, long, limit, seed + 500_000))
-    return sets
-
-
-def _next_batch(
-    sets: list[LatentSet], settings: DenoiserSettings, dice: random.Random, fraction: float
-) -> tuple[Tensor, Tensor]:
-    if len(sets) > 1 and fraction > LONG_FROM and dice.random() < LONG_SHARE:
-        return sets[1].draw(max(1, settings.batch * 3 // 8), DROP_CAPTION)
-    return sets[0].draw(settings.batch, DROP_CAPTION)
-
-
-def _optimizers(model: Denoiser) -> Optimizers:
+def _optimizers(model: Denoiser, settings: DenoiserSettings) -> Optimizers:
     matrices = [p for p in model.transformer.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    return Optimizers(matrices, others, adamw_rate=1.5e-3, muon_decay=0.02)
-
-
-def _state(model: Denoiser, average: Average, optimizers: Optimizers, step: int) -> dict:
-    return {
-        "transformer": model.transformer.state_dict(),
-        "text_encoder": model.text_encoder.state_dict(),
-        "transformer_average": average.module.transformer.state_dict(),
-        "text_encoder_average": average.module.text_encoder.state_dict(),
-        "optimizers": optimizers.state(),
-        "step": step,
-    }
-
-
-def _restore(
-    checkpoints: Checkpoints, model: Denoiser, average: Average, optimizers: Optimizers
-) -> int:
-    state = checkpoints.load("denoiser")
-    model.transformer.load_state_dict(state["transformer"])
-    model.text_encoder.load_state_dict(state["text_encoder"])
-    average.module.transformer.load_state_dict(state["transformer_average"])
-    average.module.text_encoder.load_state_dict(state["text_encoder_average"])
-    if "optimizers" in state:
-        optimizers.load(state["optimizers"])
-    report(f"resumed the denoiser at step {state['step']}")
-    return state["step"]
+    return Optimizers(
+        matrices, others, settings.rate, adamw_rate=settings.adamw_rate, muon_decay=0.02
+    )
