@@ -85,6 +85,7 @@ class JudgeNetwork(nn.Module):
         self.moment = nn.Parameter(0.2 * torch.randn(width, FRAMES, 1, 1))
         self.row = nn.Parameter(0.2 * torch.randn(width, 1, rows, 1))
         self.column = nn.Parameter(0.2 * torch.randn(width, 1, 1, columns))
+        self.summary = nn.Linear(2 * width, width)
         self.queries = nn.Parameter(torch.randn(len(self.names), width))
         self.readers = nn.ModuleList(
             _Reader(width, self.sizes.heads) for _ in range(self.sizes.readers)
@@ -96,7 +97,9 @@ class JudgeNetwork(nn.Module):
         """Head -> logits `[B, classes]` of clips `[B, 3, 8, 64, 112]` in [-1, 1]."""
         features = self.features(clips) + self.moment + self.row + self.column
         tokens = self.norm(features.flatten(2).transpose(1, 2))
-        queries = self.queries.expand(len(clips), -1, -1)
+        # A thing covers few tokens: its greatest features reach the answers before attention does.
+        pooled = torch.cat([tokens.mean(1), tokens.amax(1)], dim=1)
+        queries = self.queries + self.summary(pooled)[:, None]
         for reader in self.readers:
             queries = reader(queries, tokens)
         read = self.answer_norm(queries).unbind(1)
@@ -107,7 +110,7 @@ class JudgeNetwork(nn.Module):
 
     def matrices(self) -> list[nn.Parameter]:
         """What Muon trains: kernels and matrices between the first layer and the answers."""
-        parts = (*self.features[1:], self.readers)
+        parts = (*self.features[1:], self.summary, self.readers)
         return [p for part in parts for p in part.parameters() if p.ndim > 1]
 
 
