@@ -127,7 +127,9 @@ def distill_step(
     """
     target = teacher.mean_velocity(trajectories.latents, *trajectories.span(), text)
     timestep = times.timesteps[trajectories.index]
-    velocity = predict(student, trajectories.latents, timestep, text)
+    # With a gradient at its input too, the first block needs no compilation of its own.
+    latents = trajectories.latents.detach().requires_grad_()
+    velocity = predict(student, latents, timestep, text)
     trajectories.advance(velocity.detach(), target)
     return F.mse_loss(velocity, target)
 
