@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     pad_length: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """Batches of one shape: so many clips of `sets`, cut to the first latent frames.
 

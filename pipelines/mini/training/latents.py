@@ -20,7 +20,7 @@ CAPTION_TOKENS = 64
 _PIXELS_AT_ONCE = 32 * 25 * 256 * 448
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LatentSet:
     """Latents with captions, all on the training device.
 
@@ -115,8 +115,9 @@ def several_captions(spec: Spec, count: int) -> list[str]:
 class Phrases:
     """Tokenises many captions of few words: each word once, by the tokenizer, then by a table.
 
-    The tokenizer splits at spaces before it looks for tokens, so a caption's tokens are those of
-    its words; here this is 12 times faster than calling it on every caption.
+    For text with single spaces, as captions have. The tokenizer splits at spaces before it looks
+    for tokens, so a caption's tokens are those of its words. Measured on 8,000 captions: 12 times
+    faster than the tokenizer on all of them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -7,7 +7,7 @@ import torch
 from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from tests.pipelines.mini.toys import SHAPE, randomise
+from tests.pipelines.mini.toys import SHAPE, published_st_lpips, randomise
 from vdit_sparse.pipelines.mini.training import train
 from vdit_sparse.pipelines.mini.training.attention_speed import fastest_attention
 from vdit_sparse.pipelines.mini.training.checkpoints import (
@@ -22,6 +22,7 @@ from vdit_sparse.pipelines.mini.training.models import (
     build_transformer,
 )
 from vdit_sparse.pipelines.mini.training.sample import PROMPTS, Sampling, sheet
+from vdit_sparse.pipelines.mini.training.st_lpips import convert_weights
 from vdit_sparse.pipelines.mini.training.structure import (
     Recorder,
     RecordingProcessor,
@@ -41,11 +42,16 @@ def trained(tmp_path_factory, one_thread):
     common = ["--folder", str(folder), "--tokenizer", str(folder / "words"), "--sizes", "tiny"]
     small = ["--batch", "2", "--clips", "4", "--long-clips", "2", "--seconds", "1"]
     train.main(["tokenizer", *common, "--captions", "200"])
+    published_st_lpips(folder / "published.pth")
+    convert_weights(folder / "published.pth", folder / "st_lpips.safetensors")
     stage = ["autoencoder", *common, *SIZE, *small, "--crop", "32"]
-    train.main([*stage, "then", *stage, "--resume"])
+    late = ["--perceptual", str(folder / "st_lpips.safetensors"), "--perceptual-frames", "2"]
+    train.main([*stage, "then", *stage, "--resume", *late, "--decoder-from", "0.5"])
     train.main(["evaluate", *common, *SIZE, "--clips", "2"])
     stage = ["denoiser", *common, *SIZE, *small, "--no-compiled"]
-    train.main([*stage, "then", *stage, "--resume", "then", "export", *common])
+    two = "32x64 seconds=0.5 keep_latents=1 stills=2 / 48x64x5 image_frames=1,2 images_end=0.7"
+    train.main([*stage, "--stages", two])
+    train.main([*stage, "--resume", "then", "export", *common])
     return Checkpoints(folder, folder / "words")
 
 
@@ -87,10 +93,16 @@ def test_stages_count_their_steps_and_measure(trained):
     for stage in ("autoencoder", "denoiser"):
         state = trained.load(stage)
         assert state["step"] >= 2
+        assert 0 < state["trained"] < 10
         assert all(torch.isfinite(v).all() for v in state.values() if isinstance(v, torch.Tensor))
     report = json.loads((trained.folder / "autoencoder.json").read_text())
     assert len(report["psnr_by_index"]) == SHAPE.frames
     assert report["psnr_worst_index"] <= report["psnr"] < 100
+
+
+def test_kept_latents_lie_beside_the_checkpoints(trained):
+    names = sorted(path.name for path in (trained.folder / "latents").iterdir())
+    assert names == ["32x64x1.pt", "32x64x5.pt", "32x64x9.pt"]
 
 
 def test_the_export_loads_with_plain_diffusers_and_generates(trained):
@@ -113,8 +125,8 @@ def test_the_export_loads_with_plain_diffusers_and_generates(trained):
 def test_training_goes_on_from_an_export(trained, tmp_path):
     folder = ["--folder", str(tmp_path), "--tokenizer", str(trained.tokenizer), "--sizes", "tiny"]
     train.main(["adopt", *folder, "--pipeline", str(trained.pipeline)])
-    small = ["--batch", "1", "--clips", "1", "--seconds", "0", "--no-compiled", "--resume"]
-    train.main(["denoiser", *folder, *SIZE, *small])
+    small = ["--batch", "1", "--clips", "1", "--long-clips", "0", "--seconds", "0"]
+    train.main(["denoiser", *folder, *SIZE, *small, "--no-compiled", "--resume"])
     adopted, before = Checkpoints(tmp_path).load("denoiser"), trained.load("denoiser")
     assert adopted["step"] == 1
     name = "proj_out.bias"
