@@ -28,7 +28,7 @@ class JudgeSizes:
     """Numbers that decide a tensor's shape; the defaults are the shipped judge's.
 
     Attributes:
-        widths: channels at a half, a quarter and an eighth of the resolution, divisible by 8.
+        widths: channels at a half, a quarter and an eighth of the resolution.
         blocks: residual blocks at each of them.
         readers: rounds in which the queries look at each other and at the features.
         heads: attention heads of a reader; divides the last width.
@@ -131,12 +131,28 @@ def _spatial(inside: int, outside: int, stride: int = 1) -> nn.Conv3d:
     )
 
 
+class _ChannelNorm(nn.Module):
+    """Scales the channels of each pixel to a mean square of one; unlike group norm it keeps a
+    channels-last layout on a GPU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width, 1, 1, 1))
+        self.shift = nn.Parameter(torch.zeros(width, 1, 1, 1))
+
+    def forward(self, clips: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(clips, dim=1, keepdim=True, dtype=torch.float32)
+        inverse = clips.shape[1] ** 0.5 / (length + 1e-4)
+        scaled = clips * inverse.to(clips.dtype)
+        return torch.addcmul(self.shift.to(clips.dtype), scaled, self.scale.to(clips.dtype))
+
+
 class _Block(nn.Module):
     """A residual block: a convolution over each frame, then one over each pixel's time."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(2))
+        self.norms = nn.ModuleList(_ChannelNorm(width) for _ in range(2))
         self.space = _spatial(width, width)
         self.time = nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0))
         nn.init.zeros_(self.time.weight)

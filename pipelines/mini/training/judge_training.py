@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import convert_conv3d_weight_memory_format
 
 from vdit_sparse.pipelines.mini.training.autoencoder import mixed_precision
 from vdit_sparse.pipelines.mini.training.checkpoints import Checkpoints, load_autoencoder
@@ -108,15 +109,18 @@ def train_judge(
     """
     start = time.perf_counter()
     pools = render_pools(shape, sizes, settings, checkpoints)
+    layout = torch.channels_last_3d
     network = JudgeNetwork(judge_sizes).to(shape.device)
+    convert_conv3d_weight_memory_format(network, layout)
     average = Average(network, decay=0.99)
     optimizers = _optimizers(network)
     pace = Pace(settings.seconds - (time.perf_counter() - start))
     meter, step = Meter("judge", shape.device), 0
     while pace.fraction() < 1 or not step:
         clips, answers = pools.draw(settings)
+        clips = augment(clips).contiguous(memory_format=layout)
         with mixed_precision(shape.device):
-            loss = judge_loss(network, augment(clips), answers, settings.label_smoothing)
+            loss = judge_loss(network, clips, answers, settings.label_smoothing)
         optimizers.step(loss, pace.factor(step))
         average.update(network, step)
         step += 1
