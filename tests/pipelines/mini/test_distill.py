@@ -121,7 +121,7 @@ def test_the_student_comes_nearer_to_the_teacher(device):
         distill_step(student, teacher, trajectories, times, text).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert error() < 0.7 * before
+    assert error() < 0.4 * before
 
 
 def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(device):
@@ -136,7 +136,7 @@ def test_a_fresh_lora_changes_nothing_and_only_it_is_trained(device):
 
 def test_merged_equals_unmerged(device):
     model, student, *_ = lessons(device)
-    stored = {"base.proj_out.bias": model.transformer.proj_out.bias}
+    stored = {"base.proj_out.bias": model.transformer.proj_out.bias.cpu()}
     for name, (up, down) in factors(lora_state(changed(student))).items():
         parts = quantise(up, down)
         stored |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
