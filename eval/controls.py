@@ -16,6 +16,7 @@ from vdit_sparse.kernels.block_mass import block_mass
 from vdit_sparse.kernels.block_sparse import block_sparse_attention
 from vdit_sparse.kernels.select import top_blocks
 from vdit_sparse.method import Plan, SparseAttention, check_number
+from vdit_sparse.orders import text_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Control(SparseAttention):
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         nb = -(-call.grid.tokens // self.block)
         count = counts(nb, self.density, q.device)
-        always = text_blocks(call.grid, self.block, q.device) if call.grid.text else None
+        always = text_blocks(call.grid, self.block).to(q.device) if call.grid.text else None
         return Plan(top_blocks(self.score(q, k, call), count, self.block, always=always))
 
 
@@ -71,15 +72,6 @@ def counts(nb: int, density: float, device: torch.device) -> Tensor:
     return ends.diff().long().clamp(1, nb)[None, None]
 
 
-def text_blocks(grid: Grid, block: int, device: torch.device) -> Tensor:
-    """Rows and columns of the blocks that touch text, bool `[nb, nb]`."""
-    at = torch.arange(-(-grid.tokens // block), device=device)
-    touches = at >= grid.video // block
-    return touches[:, None] | touches
-
-
 def full_mask(grid: Grid, block: int, device: torch.device) -> BlockMask:
     """The mask that keeps everything."""
-    nb = -(-grid.tokens // block)
-    idx = torch.zeros(1, 1, nb, 1, dtype=torch.int32, device=device)
-    return BlockMask(idx, torch.full_like(idx[..., 0], nb), nb, block, block)
+    return BlockMask.full(grid.tokens, block=block, device=device)

@@ -85,8 +85,23 @@ class BlockMask:
         nk = keep.shape[-1]
         cnt = keep.sum(-1, dtype=torch.int32)
         cap = max(int(torch.where(cnt < nk, cnt, 0).max()), 1)
-        block_q, block_k = (block, block) if isinstance(block, int) else block
-        return cls(ascending_lists(keep, cap), cnt, nk, block_q, block_k, valid)
+        return cls(ascending_lists(keep, cap), cnt, nk, *block_pair(block), valid)
+
+    @classmethod
+    def full(
+        cls,
+        queries: int,
+        keys: int | None = None,
+        block: int | tuple[int, int] = 128,
+        *,
+        device: torch.device | str | None = None,
+    ) -> "BlockMask":
+        """The mask that keeps everything, for sequences of `queries` and `keys` tokens (default: as
+        many); `block` is one size or (query block, key block)."""
+        block_q, block_k = block_pair(block)
+        nq, nk = -(-queries // block_q), -(-(queries if keys is None else keys) // block_k)
+        cnt = torch.full((1, 1, nq), nk, dtype=torch.int32, device=device)
+        return cls(torch.zeros_like(cnt)[..., None], cnt, nk, block_q, block_k)
 
     def keep(self) -> Tensor:
         """The same mask as bool `[B|1, H|1, nq, nk]`."""
@@ -150,6 +165,11 @@ class BlockMask:
             mask_mod=visible,
             seq_lengths=(queries, keys),
         )
+
+
+def block_pair(block: int | tuple[int, int]) -> tuple[int, int]:
+    """(query block, key block), in tokens, of one size for both or of such a pair."""
+    return (block, block) if isinstance(block, int) else tuple(block)
 
 
 def _all_columns(keep: Tensor) -> tuple[Tensor, Tensor]:

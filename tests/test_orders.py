@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vdit_sparse.grid import Grid
-from vdit_sparse.orders import AXES, axis_order, region_order, regions_of
+from vdit_sparse.orders import AXES, axis_order, region_order, regions_of, text_blocks
 
 CPU = torch.device("cpu")
 GRID = Grid(3, 5, 7, 4)
@@ -56,3 +56,13 @@ def test_regions_are_blocks(grid, region):
 def test_whole_regions_need_no_counts():
     assert region_order(Grid(2, 16, 32), (8, 16), CPU)[1] is None
     assert region_order(Grid(2, 16, 30), (8, 16), CPU)[1] is not None
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("text", [0, 1, 17, 64, 300])
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 8, 8), (3, 9, 13)])
+def test_text_blocks_are_those_that_hold_text(size, text, block):
+    grid = Grid(*size, text)
+    is_text = torch.arange(grid.tokens) >= grid.video
+    holds = torch.tensor([bool(part.any()) for part in is_text.split(block)])
+    assert torch.equal(text_blocks(grid, block), holds[:, None] | holds)

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.method import Plan
-from vdit_sparse.orders import region_order, regions_of
+from vdit_sparse.orders import region_order, regions_of, text_blocks
 
 MASKS = ("block", "token", "tile")
 # Height and width in tokens of a tile, by block; DraftAttention's where a block has 128.
@@ -43,11 +43,9 @@ def band_plan(grid: Grid, mask: str, share: float, block: int, device: torch.dev
 
 @lru_cache(maxsize=8)
 def whole(tokens: int, block: int, device: torch.device) -> BlockMask:
-    """The mask that keeps everything."""
-    blocks = math.ceil(tokens / block)
+    """The mask that keeps everything, made once."""
     with torch.inference_mode(False):
-        idx = torch.zeros(1, 1, blocks, 1, dtype=torch.int32, device=device)
-        return BlockMask(idx, idx[..., 0] + blocks, blocks, block, block)
+        return BlockMask.full(tokens, block=block, device=device)
 
 
 def half_width(grid: Grid, share: float) -> int:
@@ -90,10 +88,7 @@ def band_blocks(grid: Grid, half: int, block: int, *, cover: bool = False) -> Te
             near = twice.abs() <= max(2 * half, block)
         query, key = near.nonzero(as_tuple=True)
         keep[home[rows][query], home[key]] = True
-    if grid.text:
-        keep[grid.video // block :] = True
-        keep[:, grid.video // block :] = True
-    return keep
+    return keep | text_blocks(grid, block)
 
 
 def band_tiles(grid: Grid, share: float, region: tuple[int, int]) -> Tensor:

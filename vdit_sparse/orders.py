@@ -1,4 +1,4 @@
-"""Token orders as pure functions of geometry: axis orders, and regions of a frame as blocks.
+"""Token orders and blocks as pure functions of geometry: axis orders, regions of a frame, text.
 
 An order is int64: new position -> old position (`Plan.order`); text stays last. Orders are cached
 on every argument, and outlive an inference mode that they may have been asked for in.
@@ -56,6 +56,15 @@ def region_order(
         ends = [min(block, grid.text - start) for start in range(0, grid.text, block)]
         valid = torch.cat([(slots >= 0).sum(1), torch.tensor(ends, dtype=torch.long)])
         return order, valid.to(torch.int32).to(device)
+
+
+def text_blocks(grid: Grid, block: int) -> Tensor:
+    """The pairs of blocks that every method keeps: those of which one holds text, the block that
+    holds the end of the video and the start of the text included. Bool `[nb, nb]` (query block, key
+    block) on the CPU, in the order of the sequence; all False without text."""
+    at = torch.arange(-(-grid.tokens // block), device="cpu")
+    holds = (at >= grid.video // block) & (grid.text > 0)
+    return holds[:, None] | holds
 
 
 def regions_of(grid: Grid, region: tuple[int, int]) -> tuple[int, int, int]:

@@ -8,14 +8,18 @@ the first is dense attention that returns its LSE. `reference.py` is the specifi
 `supports(...) -> reason | None` and `forward(...)`, and a line in `BACKENDS`.
 """
 
-from importlib import import_module
-from math import isfinite
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from vdit_sparse.kernels.block_mask import BLOCK_SIZES
+from vdit_sparse.kernels.backends import choose
+from vdit_sparse.kernels.block_mask import BLOCK_SIZES, block_pair
+from vdit_sparse.kernels.checks import (
+    DTYPES,
+    check_inference,
+    check_last_stride,
+    check_valid,
+    checked_scale,
+)
 
 __all__ = ["BACKENDS", "block_mass"]
 
@@ -25,7 +29,6 @@ BACKENDS = {
     "chunked": "vdit_sparse.kernels.block_mass.chunked",
     "reference": "vdit_sparse.kernels.block_mass.reference",
 }
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def block_mass(
@@ -59,33 +62,8 @@ def block_mass(
     """
     _check_tensors(q, k, lse)
     blocks = _check_blocks(q, block, valid)
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {tuple(BACKENDS)} or None, got {backend!r}.")
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if not (isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be a positive number, got {scale}.")
-    name = backend or _choose_backend(q)
-    reason = _reason(name, q)
-    if reason is not None:
-        raise ValueError(f"backend {name!r} does not take this call: {reason}. Leave it out.")
-    return _load(name).forward(q, k, lse, blocks, valid, float(scale))
-
-
-def _choose_backend(q: Tensor) -> str:
-    return "triton" if q.device.type == "cuda" and _reason("triton", q) is None else "chunked"
-
-
-def _load(name: str) -> ModuleType:
-    return import_module(BACKENDS[name])
-
-
-def _reason(name: str, q: Tensor) -> str | None:
-    try:
-        module = _load(name)
-    except ImportError as error:
-        return f"cannot be imported: {error}"
-    return module.supports(q)
+    scale = checked_scale(scale, q.shape[-1])
+    return choose(BACKENDS, backend, q).forward(q, k, lse, blocks, valid, scale)
 
 
 def _check_tensors(q: Tensor, k: Tensor, lse: Tensor) -> None:
@@ -107,31 +85,18 @@ def _check_tensors(q: Tensor, k: Tensor, lse: Tensor) -> None:
         raise ValueError(
             f"q, k and lse must share a device, got {q.device}, {k.device}, {lse.device}."
         )
-    for name, x in (("q", q), ("k", k)):
-        if x.stride(-1) != 1:
-            raise ValueError(
-                f"{name} must have unit stride in its last dimension, got strides {x.stride()}; "
-                f"pass {name}.contiguous()."
-            )
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or lse.requires_grad):
-        raise RuntimeError(
-            "block_mass has no backward: call it under torch.no_grad() or torch.inference_mode(), "
-            "or detach q, k and lse."
-        )
+    check_last_stride(q=q, k=k)
+    check_inference("block_mass", q=q, k=k, lse=lse)
 
 
 def _check_blocks(q: Tensor, block: int | tuple[int, int], valid: Tensor | None) -> tuple[int, int]:
     """(query block, key block), in tokens."""
-    blocks = (block, block) if isinstance(block, int) else tuple(block)
+    blocks = block_pair(block)
     if len(blocks) != 2 or not set(blocks) <= set(BLOCK_SIZES):
         raise ValueError(f"block must be one or two of {BLOCK_SIZES}, got {block}.")
     if valid is None:
         return blocks
     if blocks[0] != blocks[1]:
         raise ValueError(f"valid counts tokens of query and key blocks of one size, got {blocks}.")
-    nk = -(-q.shape[2] // blocks[1])
-    if valid.dtype != torch.int32 or valid.shape != (nk,):
-        raise ValueError(f"valid must be int32 [{nk}], got {valid.dtype} {tuple(valid.shape)}.")
-    if valid.device != q.device:
-        raise ValueError(f"valid must be on {q.device} like q, got {valid.device}.")
+    check_valid(valid, -(-q.shape[2] // blocks[1]), q, "q")
     return blocks

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from vdit_sparse.kernels.block_sparse.layout import head_strides, why_no_descriptors
 from vdit_sparse.kernels.block_sparse.tiles import Tile, architecture, tile_for
-from vdit_sparse.kernels.block_sparse.triton import (
+from vdit_sparse.kernels.triton_ops import (
     LOG2_E,
-    _descriptor,
-    _load_rows,
-    _load_whole,
-    _width,
-    why_not_here,
+    descriptor,
+    load_rows,
+    load_whole,
+    why_no_products,
+    width_of,
 )
 
 LARGEST_ROWS = 128  # queries of a tile, of one or more query blocks
@@ -67,7 +67,7 @@ def block_mass_forward(
         q = q_desc.load([b, h, m0, 0]).reshape([BM, BD])
     else:
         q_ptr += b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
-        q = _load_rows(q_ptr, m0, q_s, rows_m, S, columns, D, BD)
+        q = load_rows(q_ptr, m0, q_s, rows_m, S, columns, D, BD)
 
     rows = m0 + rows_m
     lse = tl.load(lse_ptr + head.to(tl.int64) * S + rows, mask=rows < S, other=float("-inf"))
@@ -88,7 +88,7 @@ def block_mass_forward(
         if k_desc is not None:
             k = k_desc.load([b, h, start, 0]).reshape([BN, BD])
         else:
-            k = _load_whole(k_ptr, start, k_s, rows_n, columns, D, BD)
+            k = load_whole(k_ptr, start, k_s, rows_n, columns, D, BD)
         if valid_ptr is not None:
             end = tl.load(valid_ptr + start // BLOCK_K) - start % BLOCK_K
         mass = _tile_mass(
@@ -101,7 +101,7 @@ def block_mass_forward(
             if k_desc is not None:
                 k = k_desc.load([b, h, start, 0]).reshape([BN, BD])
             else:
-                k = _load_rows(k_ptr, start, k_s, rows_n, S, columns, D, BD)
+                k = load_rows(k_ptr, start, k_s, rows_n, S, columns, D, BD)
             end = S - start
             if valid_ptr is not None:
                 end = tl.minimum(end, tl.load(valid_ptr + start // BLOCK_K) - start % BLOCK_K)
@@ -111,7 +111,7 @@ def block_mass_forward(
 
 def supports(q: Tensor) -> str | None:
     """None if this backend computes the call, else the reason why it does not."""
-    return why_not_here(q)
+    return why_no_products(q)
 
 
 def forward(
@@ -124,7 +124,7 @@ def forward(
 ) -> Tensor:
     """See `block_mass`."""
     descriptors = why_no_descriptors(q=q, k=k) is None
-    width = _width(q.shape[-1])
+    width = width_of(q.shape[-1])
     tile = choose_tile(architecture(q.device), width, q.dtype.itemsize, blocks[1], descriptors)
     return launch(q, k, lse, blocks, valid, scale, tile)
 
@@ -158,13 +158,10 @@ def launch(
     group = min(tile.rows, block_q)
     rows, columns = nq * (block_q // group), nk * (block_k // tile.keys)
     out = q.new_empty(B, H, rows, columns, dtype=torch.float32)
-    width = _width(D)
+    width = width_of(D)
     descriptors = (None, None)
     if tile.descriptors:
-        descriptors = (_descriptor(q, tile.rows, width), _descriptor(k, tile.keys, width))
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if tile.registers is not None:
-        options["maxnreg"] = tile.registers
+        descriptors = (descriptor(q, tile.rows, width), descriptor(k, tile.keys, width))
     with torch.cuda.device_of(q):
         block_mass_forward[(B * H * triton.cdiv(rows * group, tile.rows),)](
             q, k, *descriptors, lse.contiguous(), valid, out,
@@ -173,7 +170,7 @@ def launch(
             D=D, BD=width, BLOCK_Q=block_q, BLOCK_K=block_k, BM=tile.rows, BN=tile.keys,
             GROUP=group, RAGGED=S % block_k != 0,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            **options,
+            **tile.options,
         )  # fmt: skip
     if (rows, columns) != (nq, nk):
         out = out.unflatten(3, (nk, -1)).unflatten(2, (nq, -1)).sum((3, 5))

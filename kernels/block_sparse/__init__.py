@@ -7,15 +7,19 @@ A backend is a file with `supports(...) -> reason | None` and `forward(...)`, an
 `BACKENDS`.
 """
 
-from importlib import import_module
-from math import isfinite
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from vdit_sparse.kernels import backends
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse.layout import empty_outputs
+from vdit_sparse.kernels.checks import (
+    DTYPES,
+    check_device,
+    check_inference,
+    check_last_stride,
+    checked_scale,
+)
 
 __all__ = ["BACKENDS", "PRECISIONS", "block_sparse_attention", "choose_backend", "explain"]
 
@@ -26,7 +30,6 @@ BACKENDS = {
     "reference": "vdit_sparse.kernels.block_sparse.reference",
 }
 PRECISIONS = ("bf16", "int8_bf16", "int8_fp8")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def block_sparse_attention(
@@ -67,15 +70,11 @@ def block_sparse_attention(
     _check_mask(q, k, mask)
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {tuple(BACKENDS)} or None, got {backend!r}.")
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if not (isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be a positive number, got {scale}.")
+    backends.check_name(BACKENDS, backend)
+    scale = checked_scale(scale, q.shape[-1])
     blocks = [mask.nk, mask.block_q, mask.block_k]
     return _operator(
-        q, k, v, mask.idx, mask.cnt, mask.valid, kv_len, blocks, float(scale), precision, backend
+        q, k, v, mask.idx, mask.cnt, mask.valid, kv_len, blocks, scale, precision, backend
     )
 
 
@@ -83,7 +82,8 @@ def explain(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, precision: str = "bf16"
 ) -> dict[str, str | None]:
     """For each backend None if it computes this call, else the reason why it does not."""
-    return {name: _reason(name, (q, k, v, mask, precision)) for name in BACKENDS}
+    call = (q, k, v, mask, precision)
+    return {name: backends.why_not(BACKENDS, name, *call) for name in BACKENDS}
 
 
 def choose_backend(
@@ -94,22 +94,9 @@ def choose_backend(
     gather knows "bf16" only: on a GPU the other precisions always go to Triton, whose reason
     against a call is the one that helps.
     """
-    on_gpu = q.device.type == "cuda"
-    if on_gpu and (precision != "bf16" or _reason("triton", (q, k, v, mask, precision)) is None):
+    if q.device.type == "cuda" and precision != "bf16":
         return "triton"
-    return "gather"
-
-
-def _load(name: str) -> ModuleType:
-    return import_module(BACKENDS[name])
-
-
-def _reason(name: str, call: tuple) -> str | None:
-    try:
-        module = _load(name)
-    except ImportError as error:
-        return f"cannot be imported: {error}"
-    return module.supports(*call)
+    return backends.default(BACKENDS, q, k, v, mask, precision)
 
 
 @torch.library.custom_op("vdit_sparse::block_sparse_attention", mutates_args=())
@@ -128,13 +115,9 @@ def _operator(
 ) -> tuple[Tensor, Tensor]:
     mask = BlockMask(idx, cnt, *blocks, valid)
     name = backend or choose_backend(q, k, v, mask, precision)
-    reason = _reason(name, (q, k, v, mask, precision))
-    if reason is not None:
-        raise ValueError(
-            f"backend {name!r} does not take this call: {reason}. Leave `backend` out, or see "
-            "`explain(q, k, v, mask, precision)` for the others."
-        )
-    return _load(name).forward(q, k, v, mask, scale, kv_len, precision)
+    advice = "Leave `backend` out, or see `explain(q, k, v, mask, precision)` for the others."
+    module = backends.load(BACKENDS, name, q, k, v, mask, precision, advice=advice)
+    return module.forward(q, k, v, mask, scale, kv_len, precision)
 
 
 @_operator.register_fake
@@ -157,23 +140,15 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> No
         )
     if k.device != q.device or v.device != q.device:
         raise ValueError(f"q, k and v must share a device, got {q.device}, {k.device}, {v.device}.")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1:
-            raise ValueError(
-                f"{name} must have unit stride in its last dimension, got strides {x.stride()}; "
-                f"pass {name}.contiguous()."
-            )
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise RuntimeError(
-            "block_sparse_attention has no backward: call it under torch.no_grad() or "
-            "torch.inference_mode(), or detach q, k and v."
-        )
-    if kv_len is not None and (kv_len.dtype != torch.int32 or kv_len.shape != q.shape[:1]):
+    check_last_stride(q=q, k=k, v=v)
+    check_inference("block_sparse_attention", q=q, k=k, v=v)
+    if kv_len is None:
+        return
+    if kv_len.dtype != torch.int32 or kv_len.shape != q.shape[:1]:
         raise ValueError(
             f"kv_len must be int32 [{q.shape[0]}], got {kv_len.dtype} {tuple(kv_len.shape)}."
         )
-    if kv_len is not None and kv_len.device != q.device:
-        raise ValueError(f"kv_len must be on {q.device} like q, got {kv_len.device}.")
+    check_device(kv_len, "kv_len", q, "q")
 
 
 def _check_mask(q: Tensor, k: Tensor, mask: BlockMask) -> None:

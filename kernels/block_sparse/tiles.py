@@ -27,6 +27,12 @@ class Tile:
     descriptors: bool = False
     registers: int | None = None
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton compiles with."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+
 
 # (architecture, D rounded up to a power of two, query block) -> tile, for two-byte dtypes.
 TILES = {

@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse.layout import (
@@ -18,59 +17,21 @@ from vdit_sparse.kernels.block_sparse.layout import (
     why_no_descriptors,
 )
 from vdit_sparse.kernels.block_sparse.tiles import Tile, architecture, tile_for
+from vdit_sparse.kernels.triton_ops import (
+    INTERPRETED,
+    LOG2_E,
+    descriptor,
+    has_e4m3,
+    load_rows,
+    load_whole,
+    online_softmax,
+    shared_strides,
+    split_list,
+    why_no_products,
+    width_of,
+)
 
-LOG2_E = 1.4426950408889634
-LARGEST_D = 256
 TAIL = tl.constexpr(32)  # keys of a step at the ragged end
-
-
-@triton.jit
-def _load_rows(base, start, stride, rows, end, columns, D: tl.constexpr, BD: tl.constexpr):
-    """Rows `start + rows` of a matrix, zero from row `end` on."""
-    pointers = base + start.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
-    real = (start + rows < end)[:, None]
-    if BD != D:
-        real = real & (columns < D)[None, :]
-    return tl.load(pointers, mask=real, other=0.0)
-
-
-@triton.jit
-def _load_whole(base, start, stride, rows, columns, D: tl.constexpr, BD: tl.constexpr):
-    """Rows `start + rows` of a matrix that has them all."""
-    pointers = base + start.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
-    if BD == D:
-        tile = tl.load(pointers)
-    else:
-        tile = tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def _online_softmax(scores, acc, peak, total, scale_log2, GUARD: tl.constexpr):
-    """Weights of this tile, rescaled accumulator, running maximum (log2 units) and sum."""
-    peak_new = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
-    shift = peak_new
-    if GUARD:
-        # A row that has seen only masked keys has peak = -inf, and -inf - -inf is nan.
-        shift = tl.where(peak_new == float("-inf"), 0.0, peak_new)
-    p = tl.exp2(scores * scale_log2 - shift[:, None])
-    alpha = tl.exp2(peak - shift)
-    return p, acc * alpha[:, None], peak_new, total * alpha + tl.sum(p, 1)
-
-
-@triton.jit
-def _split_list(list_ptr, n, full, whole, CHUNK: tl.constexpr):
-    """How many of the `n` ascending entries are below `whole`, and the entry after them or -1."""
-    below = tl.minimum(n, whole)
-    following = tl.where(below < n, whole, -1)
-    if not full:
-        below = 0
-        for first in tl.range(0, n, CHUNK, num_stages=1):
-            at = first + tl.arange(0, CHUNK)
-            entries = tl.load(list_ptr + at, mask=at < n, other=2147483647)
-            below += tl.sum((entries < whole).to(tl.int32), 0)
-        following = tl.load(list_ptr + below, mask=below < n, other=-1)
-    return below, following
 
 
 @triton.jit
@@ -104,7 +65,7 @@ def block_sparse_forward(
     if q_desc is not None:
         q = q_desc.load([b, h, m0, 0]).reshape([BM, BD])
     else:
-        q = _load_rows(q_ptr + b64 * q_b + h64 * q_h, m0, q_s, rows_m, S, columns, D, BD)
+        q = load_rows(q_ptr + b64 * q_b + h64 * q_h, m0, q_s, rows_m, S, columns, D, BD)
     acc = tl.zeros([BM, BD], tl.float32)
     peak = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -117,7 +78,7 @@ def block_sparse_forward(
         if kv_len_ptr is not None:
             length = tl.minimum(keys, tl.maximum(tl.load(kv_len_ptr + b), 0))
         whole = length // BLOCK_K
-        n_whole, following = _split_list(list_ptr, n, full, whole, 128)
+        n_whole, following = split_list(list_ptr, n, full, whole, 128)
         if following == whole:
             end = length
             if valid_ptr is not None:
@@ -125,11 +86,11 @@ def block_sparse_forward(
             rows_t = tl.arange(0, TAIL)
             for part in tl.range(0, tl.cdiv(end - whole * BLOCK_K, TAIL), num_stages=1):
                 start = whole * BLOCK_K + part * TAIL
-                k = _load_rows(k_ptr, start, k_s, rows_t, end, columns, D, BD)
+                k = load_rows(k_ptr, start, k_s, rows_t, end, columns, D, BD)
                 scores = tl.dot(q, k.T, input_precision=PRECISION)
                 scores = tl.where((start + rows_t < end)[None, :], scores, float("-inf"))
-                p, acc, peak, total = _online_softmax(scores, acc, peak, total, scale_log2, False)
-                v = _load_rows(v_ptr, start, v_s, rows_t, end, columns, D, BD)
+                p, acc, peak, total = online_softmax(scores, acc, peak, total, scale_log2, False)
+                v = load_rows(v_ptr, start, v_s, rows_t, end, columns, D, BD)
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
     rows_n = tl.arange(0, BN)
@@ -139,18 +100,18 @@ def block_sparse_forward(
         start = block * BLOCK_K + i % (BLOCK_K // BN) * BN
         if valid_ptr is not None:
             end = tl.minimum(block * BLOCK_K + tl.load(valid_ptr + block), length)
-            k = _load_rows(k_ptr, start, k_s, rows_n, end, columns, D, BD)
-            v = _load_rows(v_ptr, start, v_s, rows_n, end, columns, D, BD)
+            k = load_rows(k_ptr, start, k_s, rows_n, end, columns, D, BD)
+            v = load_rows(v_ptr, start, v_s, rows_n, end, columns, D, BD)
         elif k_desc is not None:
             k = k_desc.load([b, h, start, 0]).reshape([BN, BD])
             v = v_desc.load([b, h, start, 0]).reshape([BN, BD])
         else:
-            k = _load_whole(k_ptr, start, k_s, rows_n, columns, D, BD)
-            v = _load_whole(v_ptr, start, v_s, rows_n, columns, D, BD)
+            k = load_whole(k_ptr, start, k_s, rows_n, columns, D, BD)
+            v = load_whole(v_ptr, start, v_s, rows_n, columns, D, BD)
         scores = tl.dot(q, k.T, input_precision=PRECISION)
         if valid_ptr is not None:
             scores = tl.where((start + rows_n < end)[None, :], scores, float("-inf"))
-        p, acc, peak, total = _online_softmax(
+        p, acc, peak, total = online_softmax(
             scores, acc, peak, total, scale_log2, valid_ptr is not None
         )
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -168,13 +129,9 @@ def block_sparse_forward(
     tl.store(lse_ptr + head.to(tl.int64) * S + m0 + rows_m, lse, mask=real)
 
 
-# Decided when the kernels above were decorated: a JITFunction compiles, the other one interprets.
-INTERPRETED = not isinstance(block_sparse_forward, triton.runtime.JITFunction)
-
-
 def supports(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, precision: str) -> str | None:
     """None if this backend computes the call, else the reason why it does not."""
-    return why_not_here(q) or (why_no_fp8(q.device) if precision == "int8_fp8" else None)
+    return why_no_products(q) or (why_no_fp8(q.device) if precision == "int8_fp8" else None)
 
 
 def why_no_fp8(device: torch.device) -> str | None:
@@ -182,24 +139,8 @@ def why_no_fp8(device: torch.device) -> str | None:
     arch = architecture(device)
     if INTERPRETED:
         return "Triton's interpreter rounds to e4m3 wrongly"
-    if not arch.startswith("sm_") or int(arch[3:]) < 89:
+    if not has_e4m3(arch):
         return f"int8_fp8 needs NVIDIA compute capability 8.9, this is {arch}; use int8_bf16"
-    return None
-
-
-def why_not_here(q: Tensor) -> str | None:
-    """Why a kernel like this one cannot run on the device, dtype or D of `q`, None if it can."""
-    if q.device.type != "cuda" and not INTERPRETED:
-        return f"it needs a CUDA or ROCm GPU, the tensors are on {q.device.type}"
-    if INTERPRETED and q.device.type not in ("cpu", "cuda"):
-        return f"Triton's interpreter runs on the CPU, the tensors are on {q.device.type}"
-    if INTERPRETED and q.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies the bits of bfloat16 numbers, not the numbers"
-    if q.shape[-1] > LARGEST_D:
-        return f"D is at most {LARGEST_D}, got {q.shape[-1]}"
-    arch = architecture(q.device)
-    if arch.startswith("sm_") and int(arch[3:]) < 80:
-        return f"it needs compute capability 8.0, this GPU has {arch[3:-1]}.{arch[-1]}"
     return None
 
 
@@ -230,7 +171,7 @@ def choose_tile(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tile:
 def tile_of(q: Tensor, mask: BlockMask, descriptors: bool) -> Tile:
     """The tile for this `q` with or without descriptors."""
     blocks = (mask.block_q, mask.block_k)
-    width = _width(q.shape[-1])
+    width = width_of(q.shape[-1])
     return tile_for(architecture(q.device), width, q.dtype.itemsize, blocks, descriptors)
 
 
@@ -257,40 +198,24 @@ def launch(
     """`forward` with a given tile (for the benchmark and the tests)."""
     B, H, S, D = q.shape
     keys = k.shape[2]
-    width = _width(D)
+    width = width_of(D)
     idx = mask.idx if mask.idx.stride(-1) == 1 else mask.idx.contiguous()
     out, lse = empty_outputs(q)
     descriptors = (None, None, None)
     if tile.descriptors:
         descriptors = [
-            _descriptor(x, rows, width)
+            descriptor(x, rows, width)
             for x, rows in ((q, tile.rows), (k, tile.keys), (v, tile.keys))
         ]
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if tile.registers is not None:
-        options["maxnreg"] = tile.registers
     with torch.cuda.device_of(q):
         block_sparse_forward[(B * H * triton.cdiv(S, tile.rows),)](
             q, k, v, *descriptors, out, lse, idx, mask.cnt, mask.valid, kv_len,
             *head_strides(q), *head_strides(k), *head_strides(v), *head_strides(out),
-            *_shared_strides(idx), *_shared_strides(mask.cnt),
+            *shared_strides(idx), *shared_strides(mask.cnt),
             H, S, keys, mask.nk, scale * LOG2_E,
             D=D, BD=width, BLOCK_Q=mask.block_q, BLOCK_K=mask.block_k, BM=tile.rows, BN=tile.keys,
             RAGGED=kv_len is not None or keys % mask.block_k != 0,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            **options,
+            **tile.options,
         )  # fmt: skip
     return out, lse
-
-
-def _width(D: int) -> int:
-    return max(16, triton.next_power_of_2(D))
-
-
-def _shared_strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of the first three dimensions of a mask tensor, 0 where a size of 1 is shared."""
-    return tuple(s if n > 1 else 0 for s, n in zip(x.stride()[:3], x.shape, strict=False))
-
-
-def _descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), [*head_strides(x), 1], [1, 1, rows, width])

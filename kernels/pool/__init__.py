@@ -3,12 +3,12 @@
 `triton.py` is the path of GPUs, one launch that reads x once; `plain.py` is plain torch.
 """
 
-import torch
 from torch import Tensor
 
+from vdit_sparse.kernels.backends import choose
 from vdit_sparse.kernels.block_mask import BLOCK_SIZES
-from vdit_sparse.kernels.reorder.backends import choose
-from vdit_sparse.kernels.reorder.checks import check_inference, check_order, check_rows
+from vdit_sparse.kernels.checks import DTYPES, check_inference, check_valid
+from vdit_sparse.kernels.reorder.checks import check_order, check_rows
 
 __all__ = ["BACKENDS", "pool_blocks"]
 
@@ -17,7 +17,6 @@ BACKENDS = {
     "triton": "vdit_sparse.kernels.pool.triton",
     "torch": "vdit_sparse.kernels.pool.plain",
 }
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def pool_blocks(
@@ -53,13 +52,6 @@ def pool_blocks(
         check_order(x, order)
     nb = -(-(x.shape[2] if order is None else order.shape[-1]) // block)
     if valid is not None:
-        _check_valid(x, valid, nb)
-    check_inference("pool_blocks", x)
+        check_valid(valid, nb, x, "x")
+    check_inference("pool_blocks", x=x)
     return choose(BACKENDS, backend, x).forward(x, block, nb, order, valid)
-
-
-def _check_valid(x: Tensor, valid: Tensor, nb: int) -> None:
-    if valid.dtype != torch.int32 or valid.shape != (nb,):
-        raise ValueError(f"valid must be int32 [{nb}], got {valid.dtype} {tuple(valid.shape)}.")
-    if valid.device != x.device:
-        raise ValueError(f"valid must be on {x.device} like x, got {valid.device}.")

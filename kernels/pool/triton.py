@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vdit_sparse.kernels.reorder.layout import is_token_major
+from vdit_sparse.kernels.triton_ops import why_not_on
 
 TILE = 4096  # numbers that a program adds at once, 32 for each of its 128 threads
 
@@ -53,15 +54,9 @@ def pool_rows(
     tl.store(out_ptr + columns, mean, mask=columns < D)
 
 
-# Decided when the kernel above was decorated: a JITFunction compiles, the other one interprets.
-INTERPRETED = not isinstance(pool_rows, triton.runtime.JITFunction)
-
-
 def supports(x: Tensor) -> str | None:
     """None if this backend computes the call, else the reason why it does not."""
-    if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
-        return f"it needs a CUDA or ROCm GPU, the tensors are on {x.device.type}"
-    return None
+    return why_not_on(x.device)
 
 
 def forward(x: Tensor, block: int, nb: int, order: Tensor | None, valid: Tensor | None) -> Tensor:

@@ -8,11 +8,12 @@ quantises; `kernels.block_sparse` multiplies.
 """
 
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from vdit_sparse.kernels.backends import choose
+from vdit_sparse.kernels.checks import DTYPES, check_device, check_last_stride
 
 __all__ = ["BACKENDS", "Quantized", "Smoothed", "quantize_values", "smooth_quantize"]
 
@@ -21,7 +22,6 @@ BACKENDS = {
     "triton": "vdit_sparse.kernels.quant.triton",
     "reference": "vdit_sparse.kernels.quant.reference",
 }
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +82,14 @@ def smooth_quantize(
     padded query harms no other one of its block.
     Raises ValueError or TypeError for other shapes, dtypes and strides.
     """
-    _check(q, "q", block_q, backend)
-    _check(k, "k", block_k, backend)
+    _check(q, "q", block_q)
+    _check(k, "k", block_k)
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"q and k must agree in B, H and D, got {tuple(q.shape)} and {tuple(k.shape)}."
         )
     real = _checked_real(k, real)
-    module = _load(backend or _default(q))
+    module = choose(BACKENDS, backend, q, torch.int8)
     mean = module.mean_key(k, real)
     queries, shift = module.quantize_queries(q, block_q, mean)
     return Smoothed(queries, module.quantize_keys(k, block_k, mean, real), mean, shift)
@@ -105,38 +105,20 @@ def quantize_values(
     next to each other, zero in the slots past the end and in masked ones; scale `[B, H, D]`, amax
     over the real keys / 448, as in SageAttention2 (arXiv 2411.10958). Rounds to nearest even.
     """
-    _check(v, "v", block_k, backend)
+    _check(v, "v", block_k)
     real = _checked_real(v, real)
-    return _load(backend or _default(v, e4m3=True)).quantize_channels(v, block_k, real)
+    module = choose(BACKENDS, backend, v, torch.float8_e4m3fn)
+    return module.quantize_channels(v, block_k, real)
 
 
-def _default(x: Tensor, e4m3: bool = False) -> str:
-    """Triton on GPUs; those before compute capability 8.9 and AMD's have no such e4m3 in Triton."""
-    if x.device.type != "cuda":
-        return "reference"
-    if e4m3 and (torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 9)):
-        return "reference"
-    return "triton"
-
-
-def _load(name: str) -> ModuleType:
-    return import_module(BACKENDS[name])
-
-
-def _check(x: Tensor, name: str, block: int, backend: str | None) -> None:
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {tuple(BACKENDS)} or None, got {backend!r}.")
+def _check(x: Tensor, name: str, block: int) -> None:
     if x.ndim != 4 or x.numel() == 0:
         raise ValueError(
             f"{name} must be [B, H, tokens, D], not empty; got shape {tuple(x.shape)}."
         )
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be fp16, bf16 or fp32, got {x.dtype}.")
-    if x.stride(-1) != 1:
-        raise ValueError(
-            f"{name} must have unit stride in its last dimension, got strides {x.stride()}; "
-            f"pass {name}.contiguous()."
-        )
+    check_last_stride(**{name: x})
     if block < 16 or block & (block - 1):
         raise ValueError(f"A block must be a power of two of at least 16 tokens, got {block}.")
 
@@ -149,6 +131,5 @@ def _checked_real(x: Tensor, real: Tensor | None) -> Tensor | None:
         raise ValueError(
             f"real must be bool [{B}, {keys}] or [1, {keys}], got {real.dtype} {tuple(real.shape)}."
         )
-    if real.device != x.device:
-        raise ValueError(f"real must be on {x.device} like the keys, got {real.device}.")
+    check_device(real, "real", x, "the keys")
     return real.contiguous()

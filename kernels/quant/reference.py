@@ -12,6 +12,11 @@ E4M3_LARGEST = 448
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
+def supports(x: Tensor, kind: torch.dtype) -> str | None:
+    """None: the reference computes everything that the public functions accept."""
+    return None
+
+
 def mean_key(k: Tensor, real: Tensor | None) -> Tensor:
     """Mean over the real keys, fp32 `[B, H, D]`; 0 without any."""
     if real is None:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vdit_sparse.kernels.block_sparse.tiles import architecture
 from vdit_sparse.kernels.quant import Quantized
 from vdit_sparse.kernels.quant.reference import (
     E4M3_LARGEST,
@@ -16,6 +17,7 @@ from vdit_sparse.kernels.quant.reference import (
     SMALLEST_SCALE,
     scale_of,
 )
+from vdit_sparse.kernels.triton_ops import has_e4m3, why_not_on
 
 STATISTICS_ROWS = 128  # tokens that one program sums up
 VALUE_ROWS = 64  # tokens whose values one program rounds, at most; more would spill
@@ -96,6 +98,14 @@ def quantize_columns(
     channels = (head * D + columns) * (tl.num_programs(0) * ROWS)
     pointers = values_ptr + channels[None, :] + slots[:, None]
     tl.store(pointers, levels.to(tl.float8e4nv), mask=(columns < D)[None, :])
+
+
+def supports(x: Tensor, kind: torch.dtype) -> str | None:
+    """None if this backend makes numbers of `kind` of x, else the reason why it does not."""
+    arch = architecture(x.device)
+    if kind == torch.float8_e4m3fn and x.device.type == "cuda" and not has_e4m3(arch):
+        return f"e4m3 needs NVIDIA compute capability 8.9, this is {arch}"
+    return why_not_on(x.device)
 
 
 def mean_key(k: Tensor, real: Tensor | None) -> Tensor:

@@ -8,8 +8,9 @@
 import torch
 from torch import Tensor
 
-from vdit_sparse.kernels.reorder.backends import choose
-from vdit_sparse.kernels.reorder.checks import check_inference, check_order, check_rows
+from vdit_sparse.kernels.backends import choose
+from vdit_sparse.kernels.checks import check_inference
+from vdit_sparse.kernels.reorder.checks import check_order, check_rows
 
 __all__ = ["BACKENDS", "inverse", "reorder"]
 
@@ -38,7 +39,7 @@ def reorder(x: Tensor, order: Tensor, *, backend: str | None = None) -> Tensor:
     rows = x if x.ndim == 4 else x[..., None]
     check_rows(rows)
     check_order(rows, order)
-    check_inference("reorder", x)
+    check_inference("reorder", x=x)
     out = choose(BACKENDS, backend, rows, order).forward(rows, order)
     return out if x.ndim == 4 else out[..., 0]
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vdit_sparse.kernels.checks import check_device, check_last_stride
 from vdit_sparse.kernels.reorder.layout import INTEGERS
 
 
@@ -10,11 +11,7 @@ def check_rows(x: Tensor) -> None:
     """Raises unless the rows of x `[B, H, S, D]` lie in one piece each and have whole bytes."""
     if x.dtype.itemsize not in INTEGERS:
         raise TypeError(f"x must have a dtype of 1, 2, 4 or 8 bytes, got {x.dtype}.")
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(
-            f"x must have unit stride in its last dimension, got strides {x.stride()}; pass "
-            "x.contiguous()."
-        )
+    check_last_stride(x=x)
 
 
 def check_order(x: Tensor, order: Tensor) -> None:
@@ -27,14 +24,4 @@ def check_order(x: Tensor, order: Tensor) -> None:
             f"order must be [S'] or [{heads}, S'] like the heads of x, not empty; got "
             f"{tuple(order.shape)}."
         )
-    if order.device != x.device:
-        raise ValueError(f"order must be on {x.device} like x, got {order.device}.")
-
-
-def check_inference(name: str, x: Tensor) -> None:
-    """Raises RuntimeError if x requires gradients while they are recorded."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise RuntimeError(
-            f"{name} has no backward: call it under torch.no_grad() or torch.inference_mode(), or "
-            "detach x."
-        )
+    check_device(order, "order", x, "x")

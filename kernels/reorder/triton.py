@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vdit_sparse.kernels.reorder.layout import INTEGERS, empty_rows, is_token_major
+from vdit_sparse.kernels.triton_ops import why_not_on
 
 # Bytes of a program's tile: 128 for each of its 128 threads, eight loads of 16 bytes on their way.
 TILE_BYTES = 16 * 1024
@@ -46,15 +47,9 @@ def reorder_rows(
     tl.store(places + columns[None, :], values, mask=written)
 
 
-# Decided when the kernel above was decorated: a JITFunction compiles, the other one interprets.
-INTERPRETED = not isinstance(reorder_rows, triton.runtime.JITFunction)
-
-
 def supports(x: Tensor, order: Tensor) -> str | None:
     """None if this backend computes the call, else the reason why it does not."""
-    if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
-        return f"it needs a CUDA or ROCm GPU, the tensors are on {x.device.type}"
-    return None
+    return why_not_on(x.device)
 
 
 def forward(x: Tensor, order: Tensor) -> Tensor:

@@ -6,14 +6,15 @@
 is a file with `supports(x) -> reason | None`, `top`, `above` and `lists`, and a line in `BACKENDS`.
 """
 
-from importlib import import_module
 from math import isnan
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from vdit_sparse.kernels.block_mask import BlockMask
+from vdit_sparse.kernels.backends import choose
+from vdit_sparse.kernels.block_mask import BlockMask, block_pair
+from vdit_sparse.kernels.checks import check_device, check_valid
 
 __all__ = ["BACKENDS", "ascending_lists", "threshold_blocks", "top_blocks"]
 
@@ -69,7 +70,7 @@ def top_blocks(
         cap = _cap_of(count, score.shape[-1], valid is not None)
     counts = _as_counts(count, per, score)
     always = None if always is None else _as_always(always, score)
-    module = _backend(score, backend)
+    module = choose(BACKENDS, backend, score)
     keep, cnt = module.top(score.detach(), counts, per, always, valid)
     return _mask(module, keep, cnt, block, valid, cap)
 
@@ -93,7 +94,7 @@ def threshold_blocks(
     _check_score(score, valid)
     thresholds = _as_thresholds(threshold, score)
     always = None if always is None else _as_always(always, score)
-    module = _backend(score, backend)
+    module = choose(BACKENDS, backend, score)
     keep, cnt = module.above(score.detach(), thresholds, always, valid)
     return _mask(module, keep, cnt, block, valid, None)
 
@@ -104,7 +105,7 @@ def ascending_lists(keep: Tensor, cap: int, *, backend: str | None = None) -> Te
     keep: bool `[B, H, nq, nk]`; cap: 1 to nk. Returns int32 `[B, H, nq, cap]`; what follows the
     last True entry of a row is a column too, but means nothing.
     """
-    return _backend(keep, backend).lists(keep, cap)
+    return choose(BACKENDS, backend, keep).lists(keep, cap)
 
 
 def _mask(
@@ -118,36 +119,13 @@ def _mask(
     nk = keep.shape[-1]
     if cap is None:
         cap = max(int(torch.where(cnt < nk, cnt, 0).max()), 1)
-    block_q, block_k = (block, block) if isinstance(block, int) else block
-    return BlockMask(module.lists(keep, cap), cnt, nk, block_q, block_k, valid)
+    return BlockMask(module.lists(keep, cap), cnt, nk, *block_pair(block), valid)
 
 
 def _cap_of(count: int, nk: int, has_valid: bool) -> int:
     if count >= nk and not has_valid:
         return 1  # every row keeps everything, so that no list is read
     return min(max(count, 1), nk)
-
-
-def _backend(x: Tensor, name: str | None) -> ModuleType:
-    if name is None:
-        on_gpu = x.device.type == "cuda"
-        name = "triton" if on_gpu and _reason("triton", x) is None else "reference"
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {tuple(BACKENDS)} or None, got {name!r}.")
-    reason = _reason(name, x)
-    if reason is not None:
-        raise ValueError(
-            f"backend {name!r} does not take this call: {reason}. Leave `backend` out."
-        )
-    return import_module(BACKENDS[name])
-
-
-def _reason(name: str, x: Tensor) -> str | None:
-    try:
-        module = import_module(BACKENDS[name])
-    except ImportError as error:
-        return f"cannot be imported: {error}"
-    return module.supports(x)
 
 
 def _check_score(score: Tensor, valid: Tensor | None) -> None:
@@ -157,23 +135,13 @@ def _check_score(score: Tensor, valid: Tensor | None) -> None:
         )
     if score.dtype != torch.float32:
         raise TypeError(f"score must be fp32, got {score.dtype}: pass score.float().")
-    if valid is None:
-        return
-    if valid.shape != score.shape[-1:] or valid.dtype != torch.int32:
-        raise ValueError(
-            f"valid must be int32 [{score.shape[-1]}], got {valid.dtype} {tuple(valid.shape)}."
-        )
-    _check_device("valid", valid, score)
-
-
-def _check_device(name: str, x: Tensor, score: Tensor) -> None:
-    if x.device != score.device:
-        raise ValueError(f"{name} must be on {score.device} like score, got {x.device}.")
+    if valid is not None:
+        check_valid(valid, score.shape[-1], score, "score")
 
 
 def _expanded(name: str, x: Tensor, sizes: tuple[int, ...], score: Tensor) -> Tensor:
     """x as a view of `sizes`, which belong to `score`."""
-    _check_device(name, x, score)
+    check_device(x, name, score, "score")
     fits = x.ndim <= len(sizes) and all(
         n in (1, size) for n, size in zip(reversed(x.shape), reversed(sizes), strict=False)
     )

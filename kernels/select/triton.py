@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vdit_sparse.kernels.triton_ops import why_not_on
+
 LARGEST_NK = 8192
 ROWS = 16  # rows of a map that one program counts: fewer atomic sums, still enough programs
 LOWEST = tl.constexpr(-(2**31))  # no number has this key: padding and blocks without real tokens
@@ -213,19 +215,11 @@ def list_columns(keep_ptr, idx_ptr, nk, cap, BLOCK: tl.constexpr):
     tl.store(idx_ptr + columns, tl.zeros_like(columns), mask=(columns >= kept) & (columns < cap))
 
 
-# Decided when the kernels above were decorated: a JITFunction compiles, the other one interprets.
-INTERPRETED = not isinstance(list_columns, triton.runtime.JITFunction)
-
-
 def supports(x: Tensor) -> str | None:
     """None if this backend computes a call for the map `x`, else the reason why it does not."""
-    if x.device.type != "cuda" and not INTERPRETED:
-        return f"it needs a CUDA or ROCm GPU, the tensors are on {x.device.type}"
-    if INTERPRETED and x.device.type not in ("cpu", "cuda"):
-        return f"Triton's interpreter runs on the CPU, the tensors are on {x.device.type}"
     if x.shape[-1] > LARGEST_NK:
         return f"a row has at most {LARGEST_NK} key blocks, got {x.shape[-1]}"
-    return None
+    return why_not_on(x.device)
 
 
 def top(

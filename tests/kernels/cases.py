@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vdit_sparse.kernels.block_mask import BlockMask
+from vdit_sparse.kernels.block_mask import BlockMask, block_pair
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,6 @@ class Case:
     valid: bool = False
     kv_len: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float32
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        return (self.block, self.block) if isinstance(self.block, int) else self.block
 
 
 CASES = {
@@ -74,7 +70,7 @@ def make(case: Case, device: torch.device):
     if case.layout == "fused":
         fused = torch.randn(case.B, case.S, 3, H, case.D, dtype=case.dtype)
         q, k, v = (fused[:, :, i].transpose(1, 2) for i in range(3))
-    block_q, block_k = case.blocks
+    block_q, block_k = block_pair(case.block)
     nq, nk = -(-case.S // block_q), -(-keys // block_k)
     shape = {"shared": (1, 1), "head": (1, H), "batch": (case.B, H)}[case.lists]
     keep = torch.rand(*shape, nq, nk) < 0.6
@@ -89,7 +85,7 @@ def make(case: Case, device: torch.device):
     valid = None
     if case.valid:
         valid = torch.randint(0, block_k + 1, (nk,), dtype=torch.int32)
-    mask = BlockMask.from_keep(keep, case.blocks, valid=valid).to(device)
+    mask = BlockMask.from_keep(keep, case.block, valid=valid).to(device)
     kv_len = None
     if case.kv_len is not None:
         kv_len = torch.tensor(case.kv_len, dtype=torch.int32, device=device)

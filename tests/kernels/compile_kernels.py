@@ -24,6 +24,7 @@ from vdit_sparse.kernels.block_sparse.int8.triton import int8_forward
 from vdit_sparse.kernels.block_sparse.int8.triton import tile_of as int8_tile
 from vdit_sparse.kernels.block_sparse.triton import block_sparse_forward
 from vdit_sparse.kernels.quant import triton as quant
+from vdit_sparse.kernels.triton_ops import width_of
 
 KERNELS = {
     "attention": block_sparse_forward,
@@ -122,7 +123,7 @@ def int8_variants(arch: str) -> list[Variant]:
 def tile_for(variant: Variant) -> tiles.Tile:
     """What production chooses."""
     arch, D, block, name = variant.arch, variant.D, variant.block, variant.kernel
-    width = max(16, triton.next_power_of_2(D))
+    width = width_of(D)
     itemsize = 4 if variant.dtype == "fp32" else 2
     fits = D in (64, 128) and variant.descriptors
     if name in QUANT:
@@ -142,12 +143,9 @@ def tile_for(variant: Variant) -> tiles.Tile:
 
 def compile_variant(variant: Variant) -> dict:
     """Registers and spilled bytes of a thread, shared memory of a program, and instructions."""
-    width = max(32 if "int8" in variant.kernel else 16, triton.next_power_of_2(variant.D))
+    width = width_of(variant.D, 32 if "int8" in variant.kernel else 16)
     tile = tile_for(variant)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if tile.registers is not None:
-        options["maxnreg"] = tile.registers
-    compiled = triton.compile(_source(variant, tile, width), _target(variant.arch), options)
+    compiled = triton.compile(_source(variant, tile, width), _target(variant.arch), tile.options)
     resources = _amd(compiled) if variant.arch.startswith("gfx") else _nvidia(compiled)
     code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     return {

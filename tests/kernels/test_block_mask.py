@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from vdit_sparse.kernels.block_mask import BlockMask
+from vdit_sparse.kernels.block_mask import BlockMask, block_pair
 from vdit_sparse.kernels.block_sparse.reference import forward as reference_forward
 
 
@@ -42,6 +42,19 @@ def test_full_rows_do_not_widen_the_lists():
     assert mask.idx.shape[-1] == 1
     assert mask.cnt[0, 0].tolist() == [1, 1, 1, 100]
     assert torch.equal(mask.keep()[0, 0], keep)
+
+
+@pytest.mark.parametrize("block", [64, 128, (128, 64)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, None), (256, None), (300, 129)])
+def test_full_keeps_every_token_in_the_narrowest_lists(queries, keys, block, device):
+    mask = BlockMask.full(queries, keys, block, device=device)
+    block_q, block_k = block_pair(block)
+    keys = keys or queries
+    assert (mask.nq, mask.nk) == (-(-queries // block_q), -(-keys // block_k))
+    assert (mask.block_q, mask.block_k) == (block_q, block_k)
+    assert mask.device.type == device.type and mask.idx.shape[-1] == 1
+    assert mask.density() == 1 and mask.token_mask(queries, keys).all()
+    assert torch.equal(mask.cnt, BlockMask.from_keep(mask.keep(), block).cnt)
 
 
 def test_rows_without_blocks():

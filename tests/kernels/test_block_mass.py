@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.cases import Case as Tensors
 from tests.kernels.cases import make
-from vdit_sparse.kernels.block_mask import BlockMask
+from vdit_sparse.kernels.block_mask import BlockMask, block_pair
 from vdit_sparse.kernels.block_mass import BACKENDS, block_mass, chunked
 from vdit_sparse.kernels.block_mass.reference import forward as reference_forward
 from vdit_sparse.kernels.block_sparse import block_sparse_attention
@@ -30,10 +30,6 @@ class Case:
     layout: str = "BHSD"
     valid: bool = False
     dtype: torch.dtype = torch.float32
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        return (self.block, self.block) if isinstance(self.block, int) else self.block
 
 
 CASES = {
@@ -77,9 +73,8 @@ def mass_of(backend: str, q, k, lse, block, **options):
 
 
 def exact(q, k, lse, block, valid=None, scale=None):
-    blocks = (block, block) if isinstance(block, int) else block
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return reference_forward(q, k, lse, blocks, valid, scale, compute=torch.float64)
+    return reference_forward(q, k, lse, block_pair(block), valid, scale, compute=torch.float64)
 
 
 def assert_mass(mass, expected):
@@ -89,23 +84,11 @@ def assert_mass(mass, expected):
 
 def real_rows(case: Case, valid, device) -> torch.Tensor:
     """Real rows of each query block, float32 `[nq]`."""
-    block = case.blocks[0]
+    block = block_pair(case.block)[0]
     nq = -(-case.S // block)
     rows = torch.full((nq,), block, device=device)
     rows[-1] = case.S - (nq - 1) * block
     return (rows if valid is None else torch.minimum(rows, valid)).float()
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory from `new_empty` holds NaN, so that an entry which nobody writes is seen."""
-    new_empty = torch.Tensor.new_empty
-
-    def poison(*args, **kw):
-        made = new_empty(*args, **kw)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
 
 
 def test_reference_is_the_sum_over_single_tokens():
@@ -160,7 +143,7 @@ def test_rows_of_dense_attention_sum_to_their_number(backend, device):
     dtype = BF16 if device.type == "cuda" else torch.float32
     case = Case(S=300, D=32, block=128, dtype=dtype)
     q, k, v, _, _ = problem(case, device)
-    every = BlockMask.from_keep(torch.ones(3, 3, dtype=torch.bool), 128).to(device)
+    every = BlockMask.full(300, device=device)
     _, lse = block_sparse_attention(q, k, v, every)
     mass = mass_of(backend, q, k, lse, 128)
     expected = torch.tensor([128.0, 128.0, 44.0], device=device).expand(1, 2, 3)

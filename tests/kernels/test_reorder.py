@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vdit_sparse.kernels.backends import choose
 from vdit_sparse.kernels.reorder import BACKENDS, inverse, reorder
-from vdit_sparse.kernels.reorder.backends import choose
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
 LAYOUTS = ("BHSD", "BSHD", "fused", "sliced")

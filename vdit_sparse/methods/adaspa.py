@@ -13,6 +13,7 @@ from vdit_sparse.kernels.block_mass import block_mass
 from vdit_sparse.kernels.block_sparse import block_sparse_attention
 from vdit_sparse.kernels.select import top_blocks
 from vdit_sparse.method import Call, Plan, SparseAttention, check_choice, check_number
+from vdit_sparse.orders import text_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +92,7 @@ class AdaSpaAttention(SparseAttention):
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         # Blocks of 128 whatever `block` is: their tiles are the larger ones.
-        blocks = math.ceil(q.shape[2] / 128)
-        all_of_them = torch.full((1, 1, blocks), blocks, dtype=torch.int32, device=q.device)
-        mask = BlockMask(torch.zeros_like(all_of_them)[..., None], all_of_them, blocks)
+        mask = BlockMask.full(q.shape[2], block=128, device=q.device)
         return block_sparse_attention(q, k, v, mask, backend=self.backend)
 
     def _search(self, q: Tensor, k: Tensor, lse: Tensor, call: Call) -> Plan:
@@ -142,9 +141,9 @@ def _sinks(grid: Grid, block: int, first_frame: bool, device: torch.device) -> T
     """The blocks that are kept whatever their mass, bool `[nb, nb]`, or None."""
     # A cached tensor outlives the inference mode that it may have been asked for in.
     with torch.inference_mode(False):
-        whole = torch.zeros(math.ceil(grid.tokens / block), dtype=torch.bool, device="cpu")
-        if grid.text:
-            whole[grid.video // block :] = True
+        keep = text_blocks(grid, block)
         if first_frame:
-            whole[: math.ceil(grid.frame_tokens / block)] = True
-        return (whole[:, None] | whole).to(device) if whole.any() else None
+            end = math.ceil(grid.frame_tokens / block)
+            keep[:end] = True
+            keep[:, :end] = True
+        return keep.to(device) if keep.any() else None

@@ -10,6 +10,7 @@ from torch import Tensor
 from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.method import Call, Plan, SparseAttention
+from vdit_sparse.orders import text_blocks
 
 # Tokens; the released code has this number for blocks of 64 too.
 DECIMATION_UNIT = 128
@@ -80,9 +81,7 @@ class RadialAttention(SparseAttention):
         video = math.ceil(grid.video / self.block)
         mark = _mark_straddle if self.align == "straddle" else _mark_released
         mark(keep[:video, :video], self, grid)
-        if grid.text or self.align == "released":
-            keep[grid.video // self.block :] = True
-            keep[:, grid.video // self.block :] = True
+        keep |= text_blocks(grid, self.block)
         # Only the released rule can leave a row without keys.
         return keep | torch.diag(~keep.any(-1))
 
@@ -154,6 +153,8 @@ def _mark_released(keep: Tensor, method: RadialAttention, grid: Grid) -> None:
     kept whole.
     """
     block, tokens = method.block, grid.frame_tokens
+    keep[grid.video // block :] = True
+    keep[:, grid.video // block :] = True
     side = math.ceil(tokens / block)
     shrink = lru_cache(maxsize=None)(lambda *offsets: _shrink(tokens, block, *offsets))
     for i in range(grid.frames):

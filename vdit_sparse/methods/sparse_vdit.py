@@ -11,7 +11,7 @@ from vdit_sparse.calibration import CalibratedAttention, Calibration
 from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_mask import BLOCK_SIZES, BlockMask
 from vdit_sparse.method import Call, Plan, check_choice, check_number
-from vdit_sparse.orders import axis_order
+from vdit_sparse.orders import axis_order, text_blocks
 
 MODES = ("full", "skip", "diagonal", "multi-diagonal", "stripe")
 FULL, SKIP, DIAGONAL, MULTI, STRIPE = range(5)
@@ -144,9 +144,7 @@ def mode_masks(grid: Grid, patterns: Patterns) -> Tensor:
     keep[[DIAGONAL, MULTI]] = (at[:, None] - at).abs() <= half
     keep[DIAGONAL] |= sink
     keep[STRIPE] = lead | ((at % patterns.every == 0) & (patterns.stripes == "static"))
-    if grid.text:
-        keep[DIAGONAL:, grid.video // patterns.block :] = True
-        keep[DIAGONAL:, :, grid.video // patterns.block :] = True
+    keep[DIAGONAL:] |= text_blocks(grid, patterns.block)
     return keep
 
 

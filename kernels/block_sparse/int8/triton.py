@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse.layout import (
@@ -20,15 +19,17 @@ from vdit_sparse.kernels.block_sparse.layout import (
     why_no_descriptors,
 )
 from vdit_sparse.kernels.block_sparse.tiles import Tile, architecture, tile_for
-from vdit_sparse.kernels.block_sparse.triton import (
-    TAIL,
-    _load_rows,
-    _load_whole,
-    _online_softmax,
-    _shared_strides,
-    _split_list,
-)
+from vdit_sparse.kernels.block_sparse.triton import TAIL
 from vdit_sparse.kernels.quant import quantize_values, smooth_quantize
+from vdit_sparse.kernels.triton_ops import (
+    descriptor,
+    load_rows,
+    load_whole,
+    online_softmax,
+    shared_strides,
+    split_list,
+    width_of,
+)
 
 SMALLEST_WIDTH = 32  # 8-bit matrix instructions take 32 numbers along the summed dimension
 LOG2_448 = tl.constexpr(8.807354922057604)  # of the largest number of e4m3
@@ -46,7 +47,7 @@ def _exact_float(scores):
 
 @triton.jit
 def _fp8_softmax(scores, acc, peak, total, factor, GUARD: tl.constexpr):
-    """`_online_softmax` with weights, and so the sum, times 448: `peak` is low by its logarithm."""
+    """`online_softmax` with weights, and so the sum, times 448: `peak` is low by its logarithm."""
     peak_new = tl.maximum(peak, tl.max(scores, 1) * factor - LOG2_448)
     shift = peak_new
     if GUARD:
@@ -71,7 +72,7 @@ def _attend_tile(
         # folding the addition into the product where it is not Hopper.
         acc += tl.dot(p.to(tl.float8e4nv), v, max_num_imprecise_acc=v.shape[0])
     else:
-        p, acc, peak, total = _online_softmax(scores, acc, peak, total, factor, GUARD)
+        p, acc, peak, total = online_softmax(scores, acc, peak, total, factor, GUARD)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, peak, total
 
@@ -121,7 +122,7 @@ def int8_forward(
     if q_desc is not None:
         q = q_desc.load([b, h, m0, 0]).reshape([BM, BD])
     else:
-        q = _load_whole(q_ptr + head64 * nq * (BLOCK_Q * D), m0, D, rows_m, columns, D, BD)
+        q = load_whole(q_ptr + head64 * nq * (BLOCK_Q * D), m0, D, rows_m, columns, D, BD)
     to_log2 = tl.load(q_scale_ptr + head64 * nq + row) * (scale * 1.4426950408889634)
     acc = tl.zeros([BM, BD], tl.float32)
     peak = tl.full([BM], float("-inf"), tl.float32)
@@ -134,7 +135,7 @@ def int8_forward(
         if kv_len_ptr is not None:
             length = tl.minimum(keys, tl.maximum(tl.load(kv_len_ptr + b), 0))
         whole = length // BLOCK_K
-        n_whole, following = _split_list(list_ptr, n, full, whole, 128)
+        n_whole, following = split_list(list_ptr, n, full, whole, 128)
         if following == whole:
             end = length
             if VALID:
@@ -143,11 +144,11 @@ def int8_forward(
             factor = to_log2 * tl.load(k_scale_ptr + whole)
             for part in tl.range(0, tl.cdiv(end - whole * BLOCK_K, TAIL), num_stages=1):
                 start = whole * BLOCK_K + part * TAIL
-                k = _load_whole(k_ptr, start, D, rows_t, columns, D, BD)
+                k = load_whole(k_ptr, start, D, rows_t, columns, D, BD)
                 if FP8:
                     v = _load_channels(v_ptr, start, v_s, rows_t, columns, D, BD)
                 else:
-                    v = _load_rows(v_ptr, start, v_s, rows_t, end, columns, D, BD)
+                    v = load_rows(v_ptr, start, v_s, rows_t, end, columns, D, BD)
                 inside = start + rows_t < end
                 acc, peak, total = _attend_tile(
                     q, k, v, factor, inside, acc, peak, total, True, False, FP8, PRECISION
@@ -164,17 +165,17 @@ def int8_forward(
         if k_desc is not None:
             k = k_desc.load([b, h, start, 0]).reshape([BN, BD])
         else:
-            k = _load_whole(k_ptr, start, D, rows_n, columns, D, BD)
+            k = load_whole(k_ptr, start, D, rows_n, columns, D, BD)
         if FP8 and v_desc is not None:
             v = v_desc.load([b, h, 0, start]).reshape([BD, BN]).T
         elif FP8:
             v = _load_channels(v_ptr, start, v_s, rows_n, columns, D, BD)
         elif VALID:
-            v = _load_rows(v_ptr, start, v_s, rows_n, end, columns, D, BD)
+            v = load_rows(v_ptr, start, v_s, rows_n, end, columns, D, BD)
         elif v_desc is not None:
             v = v_desc.load([b, h, start, 0]).reshape([BN, BD])
         else:
-            v = _load_whole(v_ptr, start, v_s, rows_n, columns, D, BD)
+            v = load_whole(v_ptr, start, v_s, rows_n, columns, D, BD)
         factor = to_log2 * tl.load(k_scale_ptr + block)
         inside = start + rows_n < end
         acc, peak, total = _attend_tile(
@@ -228,7 +229,7 @@ def tile_of(
 ) -> Tile:
     """The tile for v of `itemsize` bytes before it is quantised."""
     size = 2 if precision == "int8_fp8" else itemsize
-    return tile_for(arch, width_of(D), size, blocks, descriptors, precision)
+    return tile_for(arch, width_of(D, SMALLEST_WIDTH), size, blocks, descriptors, precision)
 
 
 def launch(
@@ -253,10 +254,7 @@ def launch(
         values, value_scale = quantized.values, quantized.scale
     idx = mask.idx if mask.idx.stride(-1) == 1 else mask.idx.contiguous()
     out, lse = empty_outputs(q)
-    width = width_of(D)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if tile.registers is not None:
-        options["maxnreg"] = tile.registers
+    width = width_of(D, SMALLEST_WIDTH)
     with torch.cuda.device_of(q):
         int8_forward[(B * H * triton.cdiv(S, tile.rows),)](
             pair.q.values, pair.k.values, values,
@@ -264,19 +262,14 @@ def launch(
             pair.q.scale, pair.k.scale, value_scale, pair.shift, out, lse,
             idx, mask.cnt, mask.valid, kv_len,
             *head_strides(values), *head_strides(out),
-            *_shared_strides(idx), *_shared_strides(mask.cnt),
+            *shared_strides(idx), *shared_strides(mask.cnt),
             H, S, keys, mask.nq, mask.nk, scale,
             D=D, BD=width, BLOCK_Q=mask.block_q, BLOCK_K=mask.block_k, BM=tile.rows, BN=tile.keys,
             RAGGED=kv_len is not None or keys % mask.block_k != 0,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            **options,
+            **tile.options,
         )  # fmt: skip
     return out, lse
-
-
-def width_of(D: int) -> int:
-    """D rounded up to what the kernel multiplies."""
-    return max(SMALLEST_WIDTH, triton.next_power_of_2(D))
 
 
 def _descriptors(pair, values: Tensor, fp8: bool, tile: Tile, width: int) -> tuple:
@@ -284,11 +277,7 @@ def _descriptors(pair, values: Tensor, fp8: bool, tile: Tile, width: int) -> tup
         return None, None, None
     shape = (width, tile.keys) if fp8 else (tile.keys, width)
     return (
-        _descriptor(pair.q.values, tile.rows, width),
-        _descriptor(pair.k.values, tile.keys, width),
-        _descriptor(values, *shape),
+        descriptor(pair.q.values, tile.rows, width),
+        descriptor(pair.k.values, tile.keys, width),
+        descriptor(values, *shape),
     )
-
-
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), [*head_strides(x), 1], [1, 1, rows, columns])
