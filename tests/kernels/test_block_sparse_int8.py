@@ -27,7 +27,7 @@ BARS = {"int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
 OUTLIER_BARS = {"int8_bf16": 7e-2, "int8_fp8": 8e-2}
 GEOMETRIES = (
     "one ragged block", "query blocks of 64", "key blocks of 64", "more keys",
-    "lists per batch row", "row without blocks", "rows with all blocks", "padded keys",
+    "row without blocks", "rows with all blocks", "padded keys",
     "padded keys and masked slots", "D of 72", "D of 256", "fp16, BSHD",
     "bf16, padded keys", "bf16, masked slots",
 )  # fmt: skip
@@ -58,7 +58,7 @@ def error_of(out, exact) -> float:
 
 
 def problem(data: str, device, dtype):
-    q, k, v, mask, _ = make(Case(S=384, D=128, block=128, dtype=dtype), device)
+    q, k, v, mask, _ = make(Case(S=256, D=128, block=128, dtype=dtype), device)
     if data == "offset":
         k = k + 10
     if "outlier" in data:
@@ -107,9 +107,9 @@ def test_triton_is_the_reference(precision, name, device):
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("valid", "kv_len"), [(True, (77, 120)), (False, (77, 120))])
-def test_padding_may_hold_anything(valid, kv_len, precision, backend, device):
-    q, k, v, mask, kv_len = make(Case(B=2, S=130, block=64, valid=valid, kv_len=kv_len), device)
+@pytest.mark.parametrize("valid", [True, False])
+def test_padding_may_hold_anything(valid, precision, backend, device):
+    q, k, v, mask, kv_len = make(Case(S=130, block=64, valid=valid, kv_len=(77,)), device)
     expected = attend(backend, q, k, v, mask, precision, kv_len)
     real = real_keys(130, mask.nk, 64, mask.valid, kv_len)[:, :130]
     for x in (k, v):
