@@ -48,7 +48,8 @@ class AutoencoderSettings:
         batch: crops a step.
         crop: side of the square crops in pixels, divisible by 16.
         kl_weight: weight of the mean KL divergence to a standard normal. Any weight has its
-            optimum at deviations near 1; 2e-6 pulled too weakly to get there (2 to 6 after 240 s).
+            optimum at deviations near 1, but 2e-6 pulls too weakly to get there (2 to 6 after
+            240 s on an H200). README.md has the trial.
         decoder_from: from this share of the time on only the decoder learns; 1 for never.
         latent_noise: then each crop's latents get noise of up to this share of their deviation,
             because a denoiser's latents are not exact either.
@@ -66,7 +67,7 @@ class AutoencoderSettings:
     long_clips: int = 96
     batch: int = 32
     crop: int = 80
-    kl_weight: float = 1e-4
+    kl_weight: float = 1e-3
     decoder_from: float = 0.8
     latent_noise: float = 0.1
     perceptual: str = ""

@@ -110,16 +110,12 @@ class Batches:
 
     def kinds(self) -> list[Kind]:
         """Returns every kind that this stage can draw; each is a shape to compile for."""
-        clips = [] if self.settings.image_share(0) == self.settings.image_share(1) == 1 else [1]
-        found = [*(self.clips for _ in clips), *self.images]
-        return found + [self.long] if self.long and clips else found
-
-    def draw(self, dice: random.Random, fraction: float) -> Batch:
-        """Draws a batch at `fraction` (0 to 1) of the stage's time."""
-        return self.choose(dice, fraction).draw(dice)
+        only_images = self.settings.images == self.settings.images_end == 1
+        others = [] if only_images else [self.clips, *([self.long] if self.long else [])]
+        return others + self.images
 
     def choose(self, dice: random.Random, fraction: float) -> Kind:
-        """Decides what kind the next batch has."""
+        """Decides what kind the next batch has, at `fraction` (0 to 1) of the stage's time."""
         if self.images and dice.random() < self.settings.image_share(fraction):
             return dice.choice(self.images)
         if self.long and dice.random() < self.settings.long_share:

@@ -164,17 +164,24 @@ def _train_stage(
         peak=settings.peak,
         final=settings.final,
     )
-    meter, dice = Meter("denoiser", run.device), random.Random(run.step)
+    # Images, clips and long clips have losses of their own: a mean over all would follow the mix.
+    meters = {
+        kind: Meter(f"denoiser, {kind.frames} latent frames,", run.device)
+        for kind in batches.kinds()
+    }
+    dice = random.Random(run.step)
     first, before = run.step, run.average.trained
     while pace.fraction() < 1 or run.step == first:
-        batch = batches.draw(dice, pace.fraction())
+        kind = batches.choose(dice, pace.fraction())
+        batch = kind.draw(dice)
         loss = run.loss(batch)
         run.optimizers.step(loss, pace.factor(run.step - first))
         run.average.update(run.model, before + pace.elapsed())
         run.step += 1
-        meter.add(loss, len(batch.latents), run.step)
-    meter.flush(run.step)
-    return meter.losses
+        meters[kind].add(loss, len(batch.latents), run.step)
+    for meter in meters.values():
+        meter.flush(run.step)
+    return [loss for meter in meters.values() for loss in meter.losses]
 
 
 def flow_loss(

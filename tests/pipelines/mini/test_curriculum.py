@@ -1,13 +1,17 @@
 """What the denoiser trains on: stages, kinds of batches, phrasings, kept latents, long clips."""
 
 import random
+import shlex
 from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from tests.pipelines.mini.toys import SHAPE, randomise
+from vdit_sparse.pipelines.mini.training import train
 from vdit_sparse.pipelines.mini.training.batches import Batches, LatentLibrary
 from vdit_sparse.pipelines.mini.training.captions import MOTION_SHARES, phrasings, sample_spec
 from vdit_sparse.pipelines.mini.training.checkpoints import TOKENIZER, Checkpoints, load_tokenizer
@@ -94,9 +98,9 @@ def test_kinds_of_batches_have_equal_tokens_and_shrinking_shares(checkpoints):
     batches = Batches(library, SHAPE, settings)
     assert [kind.shape for kind in batches.kinds()] == [
         (4, 8, 2, 4, 8),
+        (1, 8, 3, 4, 8),
         (8, 8, 1, 4, 8),
         (4, 8, 2, 4, 8),
-        (1, 8, 3, 4, 8),
     ]
     assert len(batches.images[0].sets) == 2 and len(batches.images[1].sets) == 1
     for fraction, share in ((0.0, 0.8), (1.0, 0.2)):
@@ -107,6 +111,8 @@ def test_kinds_of_batches_have_equal_tokens_and_shrinking_shares(checkpoints):
         longs = sum(kind is batches.long for kind in drawn)
         assert longs / (500 - images) == pytest.approx(0.5, abs=0.12)
     drawn = batches.images[0].draw(random.Random(0))
+    only = Batches(library, SHAPE, replace(settings, images=1.0, images_end=1.0))
+    assert only.kinds() == only.images
     assert (drawn.shift, drawn.pad_length) == (settings.image_shift, 64)
     assert drawn.tokens.shape == (8, 64)
 
@@ -151,3 +157,17 @@ def test_rendered_long_clips_pass_through_the_frames_of_short_ones():
         for frames in (25, 49)
     ]
     torch.testing.assert_close(pictures[1][:, :, ::2], pictures[0], atol=2e-2, rtol=0)
+
+
+def test_the_command_lines_of_the_recipe_are_understood():
+    text = (Path(train.__file__).parent / "README.md").read_text()
+    lines = text.split("## Recipe 2")[1].split("```")[1].replace("\\\n", " ")
+    seconds = []
+    for line in filter(None, lines.splitlines()):
+        groups = groupby(shlex.split(line)[1:], key=lambda word: word == train.JOINT)
+        parts = [list(part) for joint, part in groups if not joint]
+        options = [train.build_parser().parse_args(part) for part in parts]
+        (denoiser,) = (one for one in options if one.stage == "denoiser")
+        stages = parse_stages(SHAPE, replace(SETTINGS, stages=denoiser.stages))
+        seconds.append(sum(stage.seconds for _, stage in stages))
+    assert seconds == [295, 540, 510]

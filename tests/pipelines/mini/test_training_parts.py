@@ -12,6 +12,7 @@ from vdit_sparse.pipelines.mini.training.autoencoder import (
 )
 from vdit_sparse.pipelines.mini.training.clips import ClipShape, Limit, crops, render, to_bytes
 from vdit_sparse.pipelines.mini.training.denoiser import Denoiser, compile_blocks, flow_loss
+from vdit_sparse.pipelines.mini.training.fused_attention import fuse_attention
 from vdit_sparse.pipelines.mini.training.models import (
     RELEASED,
     TINY,
@@ -174,11 +175,14 @@ def test_one_compilation_serves_every_text_length():
 
 
 @pytest.mark.gpu
-def test_compiled_training_on_a_gpu_matches_the_cpu():
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_training_on_a_gpu_matches_the_cpu(fused):
     torch.manual_seed(0)
     model = randomise(Denoiser(TINY), 0.05)
     inputs = torch.randn(2, 8, 2, 4, 8), torch.rand(2), torch.randint(3, 1024, (2, 64)), 128
     expected = model(*inputs)
+    if fused:
+        fuse_attention(model.transformer)
     compile_blocks(model.transformer.cuda())
     found = model.cuda()(*(x.cuda() for x in inputs[:3]), 128)
     torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-2)
