@@ -20,7 +20,14 @@ LIBRARIES = {
     "gradio": ("app/demo.py",),
     "triton": ("kernels/",),
 }
-PRINTS = ("app/", "kernels/bench", "eval/compare.py", "eval/speed.py", "pipelines/mini/training/")
+PRINTS = (
+    "app/",
+    "kernels/bench",
+    "eval/compare.py",
+    "eval/decay.py",
+    "eval/speed.py",
+    "pipelines/mini/training/",
+)
 
 
 def name_of(file: Path) -> str:
