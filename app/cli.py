@@ -86,7 +86,7 @@ Compare = Annotated[
 ]
 Model = Annotated[
     str | None,
-    _option(MODEL, "Hub id, folder or mini-fast; default the bundled model.", metavar="ID_OR_PATH"),
+    _option(MODEL, "Hub id or folder; default the bundled model.", metavar="ID_OR_PATH"),
 ]
 Lora = Annotated[
     list[str] | None,
