@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from vdit_sparse.call import Call
-from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_mass import block_mass
 from vdit_sparse.kernels.block_sparse import block_sparse_attention
@@ -60,7 +59,7 @@ class OracleBlocks(Control):
 
     def score(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         call.note.searched = True
-        everything = full_mask(call.grid, self.block, q.device)
+        everything = BlockMask.full(call.grid.tokens, block=self.block, device=q.device)
         _, lse = block_sparse_attention(q, k, k, everything, backend=self.backend)
         return block_mass(q, k, lse, self.block)
 
@@ -70,8 +69,3 @@ def counts(nb: int, density: float, device: torch.device) -> Tensor:
     the fractions spread over the rows."""
     ends = (torch.arange(nb + 1, device=device, dtype=torch.float64) * density * nb).round()
     return ends.diff().long().clamp(1, nb)[None, None]
-
-
-def full_mask(grid: Grid, block: int, device: torch.device) -> BlockMask:
-    """The mask that keeps everything."""
-    return BlockMask.full(grid.tokens, block=block, device=device)

@@ -41,13 +41,6 @@ def band_plan(grid: Grid, mask: str, share: float, block: int, device: torch.dev
         return Plan(BlockMask.from_keep(keep, block).to(device))
 
 
-@lru_cache(maxsize=8)
-def whole(tokens: int, block: int, device: torch.device) -> BlockMask:
-    """The mask that keeps everything, made once."""
-    with torch.inference_mode(False):
-        return BlockMask.full(tokens, block=block, device=device)
-
-
 def half_width(grid: Grid, share: float) -> int:
     """How many tokens of a frame the band reaches to either side: floor(w / 2) with
     w = floor(share * frame tokens). A share of 1 reaches everything, and not just half a frame."""

@@ -16,9 +16,8 @@ from vdit_sparse.eval.calibrators.paro_tiles import (
     shares_of,
     tile_metrics,
 )
-from vdit_sparse.eval.controls import full_mask
 from vdit_sparse.grid import Grid
-from vdit_sparse.kernels.block_mask import BLOCK_SIZES
+from vdit_sparse.kernels.block_mask import BLOCK_SIZES, BlockMask
 from vdit_sparse.kernels.block_mass import block_mass
 from vdit_sparse.kernels.reorder import reorder
 from vdit_sparse.method import Plan, SparseAttention, check_choice, check_number, execute
@@ -172,7 +171,7 @@ class PARORecorder(SparseAttention):
 
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         """The plan that keeps everything."""
-        return Plan(full_mask(call.grid, self.block, q.device))
+        return Plan(BlockMask.full(call.grid.tokens, block=self.block, device=q.device))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Dense attention of q, k, v `[B, H, S, D]`, whose map is recorded.

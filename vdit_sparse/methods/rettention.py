@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vdit_sparse.bands import MASKS, band_attention, band_density, band_plan, half_width, whole
+from vdit_sparse.bands import MASKS, band_attention, band_density, band_plan, half_width
 from vdit_sparse.grid import Grid
+from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse import block_sparse_attention
 from vdit_sparse.method import Call, Plan, SparseAttention, check_choice, check_number, execute
 from vdit_sparse.residual import DTYPES, announce, row_bytes, store
@@ -121,7 +122,7 @@ class RettentionAttention(SparseAttention):
             need = self._bytes(call.grid, heads, head_dim, call.layers, batch, q.dtype)
             announce(need, q.device, self.offload)
         call.memory.clear()
-        everything = whole(call.grid.tokens, self.block, q.device)
+        everything = BlockMask.full(call.grid.tokens, block=self.block, device=q.device)
         full, full_lse = block_sparse_attention(q, k, v, everything, backend=self.backend)
         call.note.density = 1.0
         if self.refresh != "each":
