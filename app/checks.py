@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vdit_sparse.app.options import InputError
 from vdit_sparse.app.request import Request
+from vdit_sparse.calibration import read_header
 from vdit_sparse.eval.denoise import call_parameters
 
 MOST_SEED = 2**63 - 1
@@ -48,10 +49,26 @@ def check_before_loading(request: Request) -> None:
         raise InputError(f"--offload {request.offload} needs a GPU, but the device is the CPU.")
     if request.loras and importlib.util.find_spec("peft") is None:
         raise InputError("--lora needs the package peft: run `pip install peft`.")
+    _check_calibrations(request)
     geometry = geometry_of_folder(request.model)
     if geometry is not None:
         check_size(geometry, request.size, request.num_frames)
     check_folder(request.out, request.overwrite)
+
+
+def _check_calibrations(request: Request) -> None:
+    """Calibration files that were named; what they were made for is known with the model only."""
+    for choice in request.runs:
+        path = getattr(choice.method, "calibration", None)
+        if path is None or Path(path).is_dir():
+            continue
+        try:
+            header = read_header(path)
+        except (FileNotFoundError, ValueError) as error:
+            raise InputError(str(error)) from error
+        wanted = type(choice.method).__name__
+        if header["method"] != wanted:
+            raise InputError(f"{path} is a calibration of {header['method']}, not of {wanted}.")
 
 
 def check_device(name: str | None) -> torch.device:

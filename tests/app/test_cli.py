@@ -14,6 +14,7 @@ from vdit_sparse.kernels.block_sparse import BACKENDS
 from vdit_sparse.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
+SPARSE_VDIT = ROOT / "pipelines/mini/calibrations/sparse-vdit-25-frames.safetensors"
 
 
 def words_of(**options):
@@ -54,6 +55,18 @@ BAD = {
     "no folder": ({"model": "/no/such/model"}, "no model folder /no/such/model"),
     "no model": ({"model": "{tmp}"}, "no model_index.json"),
     "no network": ({"model": "no-such/model"}, "from the Hugging Face Hub.*network"),
+    "no calibration": (
+        {"method": "paro", "set": "calibration={tmp}/no.safetensors"},
+        "There is no calibration file .*no.safetensors",
+    ),
+    "broken calibration": (
+        {"method": "paro", "set": "calibration={tmp}/text.png"},
+        "is no calibration file, or is cut off",
+    ),
+    "calibration of another method": (
+        {"method": "paro", "set": f"calibration={SPARSE_VDIT}"},
+        "is a calibration of SparseVDiTAttention, not of PAROAttention",
+    ),
     "superfluous image": ({"model": "{model}", "image": "{tmp}/ok.png"}, "leave the image out"),
     "missing image": ({"model": "{image_model}"}, "give one with --image"),
     "unknown option": ({"stps": 3}, "No such option: --stps"),
