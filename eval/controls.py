@@ -4,6 +4,7 @@ Both keep the same number of blocks as the method that they are compared with. T
 (not in `METHODS`): the oracle needs a dense pass and a second one for each plan.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +29,9 @@ class Control(SparseAttention):
         super().__post_init__()
         check_number("density", self.density, 0, 1)
 
+    @abstractmethod
     def score(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         """Which blocks to prefer, fp32 `[B|1, H|1, nb, nb]`."""
-        raise NotImplementedError(f"{type(self).__name__} must say which blocks it prefers.")
 
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         nb = -(-call.grid.tokens // self.block)
