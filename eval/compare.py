@@ -183,8 +183,7 @@ class Comparison:
 
     def _known(self, name: str, method: SparseAttention | None) -> dict | None:
         key = (name, repr(method), self.inputs["num_frames"])
-        rows = ((r["name"], r["method"], r["frames"]) for r in self.rows)
-        return next((row for row, at in zip(self.rows, rows, strict=True) if at == key), None)
+        return next((r for r in self.rows if (r["name"], r["method"], r["frames"]) == key), None)
 
     def _keep(self, name: str, method: SparseAttention | None, measured: dict) -> dict:
         frames = self.inputs["num_frames"]

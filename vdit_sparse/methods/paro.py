@@ -55,7 +55,9 @@ class PAROAttention(CalibratedAttention):
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         """The plan of this bin of steps and layer; q and k say only how many heads and where."""
         found = self.calibrated(call)
-        number = _bin(_tensors(found, call, q.shape[1])["bin"], found.step_of(call))
+        if "tensors" not in call.memory:  # checked once a run, like the file
+            call.memory["tensors"] = _tensors(found, call, q.shape[1])
+        number = _bin(call.memory["tensors"]["bin"], found.step_of(call))
         if call.memory.get("bin", (None,))[0] != number:
             call.memory["bin"] = number, _shared_plan(found, number, call, q)
         return call.memory["bin"][1]
@@ -105,7 +107,7 @@ def _shared_plan(found: Calibration, number: int, call: Call, q: Tensor) -> Plan
 
 
 def _plan(found: Calibration, number: int, call: Call, q: Tensor) -> Plan:
-    tensors, block = _tensors(found, call, q.shape[1]), found.fields["block"]
+    tensors, block = call.memory["tensors"], found.fields["block"]
     keep = unpack(tensors["keep"][number, call.layer].to(q.device), -(-call.grid.tokens // block))
     edge = whole_blocks(call.grid, block)
     keep[..., edge:, :] = True
