@@ -128,8 +128,9 @@ class BlockMask:
     @cached_property
     def kept_share(self) -> Tensor:
         """`density()` as a 0-dim tensor, so that reading it waits for nothing."""
-        # Not a mean: a GPU's multiplies by 1 / n, and a full mask would have 0.99...
-        return self.cnt.sum(dtype=torch.float64) / (self.cnt.numel() * self.nk)
+        kept = self.cnt.sum(dtype=torch.float64)
+        # By a tensor: a GPU divides by a number as times 1 / n, and a full mask would have 0.99...
+        return kept / torch.full_like(kept, self.cnt.numel() * self.nk)
 
     def to(self, device: torch.device | str) -> "BlockMask":
         """The same mask on another device."""
