@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format, convert_conv3d_weight_memory_format
@@ -50,6 +51,9 @@ class AutoencoderSettings:
         kl_weight: weight of the mean KL divergence to a standard normal. Any weight has its
             optimum at deviations near 1, but 2e-6 pulls too weakly to get there (2 to 6 after
             240 s on an H200). README.md has the trial.
+        coarse_weight: weight of the pixels' loss of latents at half their height and width against
+            the video at half its size, so that coarse content lies in coarse latents, which a
+            denoiser finds first (arXiv 2502.14831; 2502.09509 transforms in place of it).
         decoder_from: from this share of the time on only the decoder learns; 1 for never.
         latent_noise: then each crop's latents get noise of up to this share of their deviation,
             because a denoiser's latents are not exact either.
@@ -68,6 +72,7 @@ class AutoencoderSettings:
     batch: int = 32
     crop: int = 80
     kl_weight: float = 1e-3
+    coarse_weight: float = 0.25
     decoder_from: float = 0.8
     latent_noise: float = 0.1
     perceptual: str = ""
@@ -127,7 +132,7 @@ class _Objective:
 
     def __call__(self, video: Tensor, fraction: float) -> Tensor:
         if fraction < self.settings.decoder_from:
-            return reconstruction_loss(self.clip, video, self.settings.kl_weight)
+            return reconstruction_loss(self.clip, video, self.settings)
         return decoder_loss(self.clip, video, self.settings, self.perceptual)
 
 
@@ -138,19 +143,28 @@ def mixed_precision(device: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def reconstruction_loss(clip: WholeClip, video: Tensor, kl_weight: float) -> Tensor:
-    """Returns L1 + 0.5 L2 + 0.5 (L1 of both spatial gradients) + `kl_weight` KL, means all.
+def reconstruction_loss(clip: WholeClip, video: Tensor, settings: AutoencoderSettings) -> Tensor:
+    """Returns L1 + 0.5 L2 + 0.5 (L1 of both spatial gradients) + `kl_weight` KL, means all, and
+    `coarse_weight` of the first three at half the size.
 
     Args:
         clip: the autoencoder.
         video: `[batch, 3, frames, height, width]` in [-1, 1].
-        kl_weight: weight of the KL divergence to a standard normal.
+        settings: kl_weight and coarse_weight count.
     """
     mean, log_variance = clip.encode(video).float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-12, 6)
     latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return _pixel_loss(clip.decode(latents).float() - video) + kl_weight * kl
+    loss = _pixel_loss(clip.decode(latents).float() - video) + settings.kl_weight * kl
+    if not settings.coarse_weight:
+        return loss
+    coarse = clip.decode(_halved(latents)).float() - _halved(video)
+    return loss + settings.coarse_weight * _pixel_loss(coarse)
+
+
+def _halved(x: Tensor) -> Tensor:
+    return F.avg_pool3d(x, (1, 2, 2))
 
 
 def decoder_loss(

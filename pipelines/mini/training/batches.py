@@ -86,7 +86,7 @@ class Batches:
         seconds = settings.render_seconds
         data = library.obtain(shape, Limit(settings.clips, seconds * spare), settings)
         frames, batch = data.latents.shape[2], settings.batch
-        self.clips = Kind((data,), batch, frames, settings.shift)
+        self.clips = Kind((data,), batch, frames, settings.shift, pads=frames > 1)
         still = self._more(library, (shape, 1, stills, _STILL_TIME))
         self.images = []
         for count in settings.frame_counts() if settings.images or settings.images_end else ():

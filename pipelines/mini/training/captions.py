@@ -16,7 +16,6 @@ from vdit_sparse.pipelines.mini.training.vocabulary import (
     CAMERAS,
     COLOURS,
     COUNTS,
-    DEFAULT_NAMES,
     IRREGULAR,
     MOTIONS,
     PLACES,
@@ -26,6 +25,7 @@ from vdit_sparse.pipelines.mini.training.vocabulary import (
     TINTABLE,
     WAYS,
     WEATHER,
+    every_name,
     has_colours,
     things,
 )
@@ -101,10 +101,10 @@ def _check(value, allowed, what: str) -> None:
         raise ValueError(f"Unknown {what} {value!r}: choose one of {choices}.")
 
 
-def sample_spec(rng: np.random.Generator, names: tuple[str, ...] = DEFAULT_NAMES) -> Spec:
+def sample_spec(rng: np.random.Generator, names: tuple[str, ...] | None = None) -> Spec:
     """Draws a clip's description, caption inside. Needs no device and opens no picture.
 
-    names: the things to choose from; `vocabulary.every_name()` for all of them.
+    names: the things to choose from; default all.
     """
     place = _pick(rng, tuple(PLACES))
     weather = ""
@@ -112,7 +112,7 @@ def sample_spec(rng: np.random.Generator, names: tuple[str, ...] = DEFAULT_NAMES
         weather = _pick(rng, PLACES[place].weather)
     spec = Spec(
         place=place,
-        items=_sample_items(rng, names, AT_HOME.get(place, ("walk",))),
+        items=_sample_items(rng, names or every_name(), AT_HOME.get(place, ("walk",))),
         time=_pick(rng, PLACES[place].times),
         weather=weather,
         camera=_weighted(rng, CAMERA_SHARES),

@@ -56,7 +56,6 @@ def targets(specs: list[Spec]) -> Tensor:
 def fill_pool(
     size: tuple[int, int, int],
     device: str,
-    names: tuple[str, ...],
     limit: Limit,
     seed: int,
     coder: WholeClip | None = None,
@@ -64,12 +63,11 @@ def fill_pool(
     """Renders labelled clips until the limit; at least one batch comes, however short the time.
 
     size: height, width and frames of the renders (`4 k + 1` frames where there is a coder).
-    names: of the things in them.
     coder: puts every clip through this autoencoder (posterior's mean) before it is resampled.
     """
     clips, specs = [], []
     start = time.perf_counter()
-    for video, found in _renders(size, device, names, limit, seed):
+    for video, found in _renders(size, device, limit, seed):
         coded = video if coder is None else _coded(coder, video)
         clips.append(to_bytes(resample(coded)))
         specs += found
@@ -82,7 +80,7 @@ def fill_pool(
 
 
 def _renders(
-    size: tuple[int, int, int], device: str, names: tuple[str, ...], limit: Limit, seed: int
+    size: tuple[int, int, int], device: str, limit: Limit, seed: int
 ) -> Iterator[tuple[Tensor, list[Spec]]]:
     height, width, frames = size
     generator = ProceduralVideo(device, height, width, frames)
@@ -91,7 +89,7 @@ def _renders(
     start, done = time.perf_counter(), 0
     while not done or (done < limit.clips and time.perf_counter() - start < limit.seconds):
         count = min(batch, limit.clips - done)
-        video, _, specs = generator.batch(count, seed, names)
+        video, _, specs = generator.batch(count, seed)
         yield video, specs
         done, seed = done + count, seed + 1
 

@@ -30,7 +30,6 @@ from vdit_sparse.pipelines.mini.training.judge_data import (
 from vdit_sparse.pipelines.mini.training.judge_labels import Score, labels, score
 from vdit_sparse.pipelines.mini.training.models import Sizes
 from vdit_sparse.pipelines.mini.training.pacing import Average, Meter, Optimizers, Pace, report
-from vdit_sparse.pipelines.mini.training.vocabulary import DEFAULT_NAMES, every_name
 from vdit_sparse.pipelines.mini.training.whole_clip import WholeClip
 
 
@@ -48,7 +47,6 @@ class JudgeSettings:
         held_out: clips to measure on, rendered at `held_out_scale` times the training size.
         held_out_scale: 2 is the size of the bundled model's clips where training has half of it.
         label_smoothing: of every head's cross-entropy.
-        every_name: draw from all 94 sprites; otherwise from the 61 of the bundled model.
     """
 
     seconds: float = 90.0
@@ -59,7 +57,6 @@ class JudgeSettings:
     held_out: int = 512
     held_out_scale: int = 2
     label_smoothing: float = 0.05
-    every_name: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.autoencoded_share < 1:
@@ -67,11 +64,6 @@ class JudgeSettings:
                 f"Expected autoencoded_share in [0, 1), got {self.autoencoded_share}: 0.25 puts a "
                 "quarter of the clips through the autoencoder."
             )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The things that the clips show."""
-        return every_name() if self.every_name else DEFAULT_NAMES
 
 
 @dataclass(frozen=True)
@@ -126,7 +118,7 @@ def train_judge(
         step += 1
         meter.add(loss, len(clips), step)
     meter.flush(step)
-    facts = {"trained": {"steps": step, "things": len(settings.names), **asdict(settings)}}
+    facts = {"trained": {"steps": step, **asdict(settings)}}
     save_judge(average.module, folder, facts)
     # Measured as loaded, so with weights rounded to bf16.
     network, config = load_network(folder)
@@ -144,7 +136,7 @@ def render_pools(
     if settings.autoencoded_share:
         vae = load_autoencoder(checkpoints, sizes).to(shape.device)
         coder = WholeClip(vae)
-    device, names = shape.device, settings.names
+    device = shape.device
     scale = settings.held_out_scale
     full = (scale * shape.height, scale * shape.width, shape.frames)
     held_out = Limit(settings.held_out)
@@ -153,15 +145,15 @@ def render_pools(
     # A motion spans the clip whatever its length, so eight frames are the judge's eight moments.
     plain = (shape.height, shape.width, FRAMES)
     pools = [
-        fill_pool(plain, device, names, limit, JUDGE_SEED),
+        fill_pool(plain, device, limit, JUDGE_SEED),
         None,
-        fill_pool(full, device, names, held_out, HELD_OUT_SEED),
+        fill_pool(full, device, held_out, HELD_OUT_SEED),
         None,
     ]
     if coder:
         size = (shape.height, shape.width, shape.frames)
-        pools[1] = fill_pool(size, device, names, limit, AUTOENCODED_SEED, coder)
-        pools[3] = fill_pool(full, device, names, held_out, HELD_OUT_SEED, coder)
+        pools[1] = fill_pool(size, device, limit, AUTOENCODED_SEED, coder)
+        pools[3] = fill_pool(full, device, held_out, HELD_OUT_SEED, coder)
     return JudgePools(*pools)
 
 

@@ -21,7 +21,7 @@ NO_FLOOR = 9.0
 _FEET = 0.47
 """From a sprite's centre to its feet, as a share of its size."""
 
-_SIZES = {1: (0.62, 0.84), 2: (0.48, 0.62), 3: (0.40, 0.52)}
+_SIZES = {1: (0.72, 0.98), 2: (0.56, 0.72), 3: (0.46, 0.58)}
 """Number of things in the clip -> least and largest size (a sprite's side)."""
 
 _STANDING = ("left", "right", "bounce", "spin", "grow", "shrink", "swing", "still")

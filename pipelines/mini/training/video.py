@@ -4,8 +4,8 @@
     video, captions, specs = generator.batch(64, seed=0)  # float32 [64, 3, 25, 256, 448] in [-1, 1]
 
 A clip is a moving place (12 kinds, with parallax, time of day, weather and a camera) and one to
-three things on it (94 sprites, of which a default vocabulary uses 61, and 6 shaded shapes) that
-move in one of 11 ways. Caption and pixels come from the same `Spec`, so every word can be checked.
+three things on it (94 sprites and 6 shaded shapes) that move in one of 11 ways. Caption and pixels
+come from the same `Spec`, so every word can be checked.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,6 @@ from vdit_sparse.pipelines.mini.training.places_other import OTHER
 from vdit_sparse.pipelines.mini.training.places_outdoor import OUTDOOR
 from vdit_sparse.pipelines.mini.training.scene import Scene
 from vdit_sparse.pipelines.mini.training.sprites import Sprites
-from vdit_sparse.pipelines.mini.training.vocabulary import DEFAULT_NAMES
 from vdit_sparse.pipelines.mini.training.weather import weather
 
 BACKGROUNDS = OUTDOOR | OTHER
@@ -55,12 +54,12 @@ class ProceduralVideo:
         self.sprites = Sprites(self.device)
 
     def batch(
-        self, count: int, seed: int, names: tuple[str, ...] = DEFAULT_NAMES
+        self, count: int, seed: int, names: tuple[str, ...] | None = None
     ) -> tuple[Tensor, list[str], list[Spec]]:
         """`count` random clips: video float32 [count, 3, frames, height, width] in [-1, 1], their
         captions, their specs. The same seed gives the same clips, whatever their size.
 
-        names: the things to choose from.
+        names: the things to choose from; default all.
         """
         rng = np.random.default_rng(seed)
         specs = [sample_spec(rng, names) for _ in range(count)]

@@ -28,25 +28,6 @@ TINTABLE = (
 )  # fmt: skip
 """Sprites that come in every colour; all others keep their own."""
 
-DEFAULT_SPRITES = (
-    # animals
-    "dog", "cat", "rabbit", "horse", "cow", "pig", "elephant", "giraffe", "turtle", "octopus",
-    "fish", "whale", "penguin", "duck", "owl", "parrot", "butterfly", "bee", "ladybug", "snail",
-    "dinosaur", "crab", "fox", "panda", "frog",
-    # vehicles
-    "car", "bus", "fire truck", "tractor", "train", "rocket", "airplane", "helicopter", "sailboat",
-    "ufo", "balloon", "kite",
-    # food and plants
-    "apple", "banana", "strawberry", "watermelon", "donut", "burger", "cake", "ice cream",
-    "mushroom", "cactus", "sunflower", "pumpkin",
-    # objects
-    "soccer ball", "gift", "crown", "star", "umbrella", "robot", "ghost", "snowman", "alarm clock",
-    "heart", "planet", "teddy bear",
-)  # fmt: skip
-"""The 61 sprites that a small model can tell apart; `every_name()` has all 94."""
-
-DEFAULT_NAMES = DEFAULT_SPRITES + SHAPES
-
 PLURALS = {
     "fish": "fish", "butterfly": "butterflies", "cactus": "cacti", "bus": "buses", "fox": "foxes",
     "box": "boxes", "octopus": "octopuses", "dice": "dice", "strawberry": "strawberries",

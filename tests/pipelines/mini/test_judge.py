@@ -21,7 +21,6 @@ from vdit_sparse.pipelines.mini.training.judge_labels import ROWS, classes, labe
 from vdit_sparse.pipelines.mini.training.judge_training import JudgeSettings, judge_loss, measure
 from vdit_sparse.pipelines.mini.training.models import TINY, build_autoencoder
 from vdit_sparse.pipelines.mini.training.pacing import Optimizers
-from vdit_sparse.pipelines.mini.training.vocabulary import DEFAULT_NAMES
 from vdit_sparse.pipelines.mini.training.whole_clip import WholeClip
 
 SPEC = Spec(
@@ -36,7 +35,7 @@ PAIR = Spec("space", (Item("ufo", motion="up"), Item("dog", motion="spin")))
 
 @pytest.fixture(scope="module")
 def pool():
-    return fill_pool((16, 28, 8), "cpu", DEFAULT_NAMES, Limit(12), seed=3)
+    return fill_pool((16, 28, 8), "cpu", Limit(12), seed=3)
 
 
 def test_labels_say_what_a_spec_says():
@@ -143,8 +142,7 @@ def test_augmented_clips_keep_their_range_and_look_alike(pool):
 def test_clips_may_go_through_the_autoencoder():
     vae = build_autoencoder(TINY).requires_grad_(False)
     plain, coded = (
-        fill_pool((32, 64, 5), "cpu", DEFAULT_NAMES, Limit(2), 3, coder)
-        for coder in (None, WholeClip(vae))
+        fill_pool((32, 64, 5), "cpu", Limit(2), 3, coder) for coder in (None, WholeClip(vae))
     )
     assert plain.specs == coded.specs
     assert torch.equal(plain.answers, coded.answers)

@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounter
 
 from tests.pipelines.mini.toys import SHAPE, randomise
 from vdit_sparse.pipelines.mini.training.autoencoder import (
+    AutoencoderSettings,
     frame_psnr,
     latent_statistics,
     reconstruction_loss,
@@ -136,15 +137,28 @@ def test_the_autoencoder_overfits_a_clip():
     clip, kernels = WholeClip(vae), [p for p in vae.parameters() if p.ndim == 5]
     optimizers = Optimizers(kernels, [p for p in vae.parameters() if p.ndim != 5], rate=4e-3)
     video = next(render(SHAPE, Limit(2), seed=0))[0]
-    losses = []
+    settings, losses = AutoencoderSettings(), []
     for _ in range(30):
-        loss = reconstruction_loss(clip, video, 2e-6)
+        loss = reconstruction_loss(clip, video, settings)
         optimizers.step(loss, 1.0)
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     mean, std = latent_statistics(clip, to_bytes(video))
     assert mean.shape == std.shape == (8,)
     assert std.min() > 0
+
+
+def test_coarse_latents_are_asked_to_show_the_coarse_video():
+    clip = WholeClip(build_autoencoder(TINY))
+    video = next(render(SHAPE, Limit(1), seed=0))[0]
+    losses = {}
+    for weight in (0.0, 0.25, 1.0):
+        torch.manual_seed(0)
+        settings = AutoencoderSettings(coarse_weight=weight)
+        losses[weight] = reconstruction_loss(clip, video, settings).item()
+    coarse = losses[1.0] - losses[0.0]
+    assert coarse > 0
+    assert losses[0.25] == pytest.approx(losses[0.0] + 0.25 * coarse, rel=1e-4)
 
 
 def test_the_denoiser_overfits_a_latent():
