@@ -2,8 +2,7 @@
 
 import contextlib
 import math
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import imageio_ffmpeg
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from vdit_sparse.eval.files import new_file
 
 # Visually lossless; the metrics never see these files.
 CRF = "12"
@@ -38,18 +39,6 @@ class Panel:
     frames: Tensor
     title: str
     caption: str = ""
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; renamed to it when the block ends, removed if it fails or is
-    interrupted. So a file under its final name is always whole."""
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_video(path: Path, frames: Tensor, fps: float) -> None:
