@@ -2,7 +2,7 @@
 
     from vdit_sparse.eval.metrics import ALL_METRICS
     metric = ALL_METRICS["lpips_alex"]
-    if reason := metric.unavailable(): ...          # None, or a sentence: what to install or to give
+    metric.unavailable()                             # None, or why it cannot run and what to do
     inputs = {"video": frames, "reference": dense, "prompt": "a fox", "spec": spec, ...}
     given = [inputs[name] for name in metric.takes]  # ("video", "reference"), ("video",), ...
     metric(*given)                                   # float: the video's value
@@ -13,7 +13,7 @@ What `takes` can name:
     video, reference   `[T, C, H, W]` of one shape, uint8, or float in [0, 1] (rounded to 8 bits
                        first, as a video file would have it); RGB where the metric is about colour
     prompt             str
-    spec               the `captions.Spec` that a prompt of the bundled model's grammar was made from
+    spec               the `captions.Spec` that a prompt of the bundled model's grammar came from
     latents, reference_latents
                        `[C, T, H, W]`, floating point
 

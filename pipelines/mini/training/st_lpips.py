@@ -1,4 +1,6 @@
-"""ST-LPIPS with an AlexNet trunk: how different two pictures look, for the decoder's last steps.
+"""ST-LPIPS with an AlexNet trunk: how different two pictures look.
+
+The decoder's last steps of training use it, and `eval/metrics/st_lpips.py`.
 
 Shift-tolerant LPIPS, Ghildyal and Liu, ECCV 2022, arXiv 2207.13686. The published weights come in
 the package stlpips-pytorch (BSD 2-clause), as `weights/vST0.0/alex_shift_tolerant.pth`. This file
@@ -31,7 +33,7 @@ class PerceptualDistance(nn.Module):
     every stride is a 3 x 3 blur with reflected borders, so a shift by a pixel changes little.
 
     Args:
-        path: a safetensors file written by `convert_weights`.
+        path: a safetensors file written by `convert_weights`, or the published `.pth`.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -41,7 +43,8 @@ class PerceptualDistance(nn.Module):
                 f"expected ST-LPIPS weights at {path}, found no file: see README.md, 'Weights of "
                 f"ST-LPIPS', or leave --perceptual out"
             )
-        for name, tensor in load_file(path).items():
+        published = Path(path).suffix == ".pth"
+        for name, tensor in (_published(path) if published else load_file(path)).items():
             self.register_buffer(name.replace(".", "_"), tensor.float())
         taps = torch.tensor([1.0, 2.0, 1.0])
         self.register_buffer("blur", torch.outer(taps, taps)[None, None] / 16)
@@ -85,6 +88,13 @@ class PerceptualDistance(nn.Module):
 
 def convert_weights(source: Path | str, target: Path | str) -> None:
     """Writes the weights of the published `.pth` that are needed, as float16 safetensors (5 MB)."""
+    state = _published(source)
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.half().contiguous() for name, tensor in state.items()}, target)
+
+
+def _published(source: Path | str) -> dict[str, Tensor]:
+    """The weights of the published `.pth` that are needed."""
     state = torch.load(source, map_location="cpu", weights_only=True)
     layers = [f"{key}.{kind}" for key, *_ in _LAYERS for kind in ("weight", "bias")]
     names = [*_SCALING, *layers, *(f"lin{i}.model.1.weight" for i in range(len(_LAYERS)))]
@@ -93,8 +103,7 @@ def convert_weights(source: Path | str, target: Path | str) -> None:
         raise ValueError(
             f"expected the weights of alex_shift_tolerant.pth in {source}, missing {missing}"
         )
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: state[name].half().contiguous() for name in names}, target)
+    return {name: state[name] for name in names}
 
 
 def _normalise(features: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""Comparing two videos by a filter of the ffmpeg that comes with imageio-ffmpeg."""
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from imageio_ffmpeg import get_ffmpeg_exe
+from torch import Tensor
+
+from vdit_sparse.eval.frames import levels
+from vdit_sparse.eval.metrics.parts.colour import rgb
+
+LOG = "log"
+FPS = 16
+"""Frames a second that ffmpeg is told; only XPSNR's weights of motion know it."""
+
+
+def compared(video: Tensor, reference: Tensor, filter_and_options: str, smallest: int) -> str:
+    """What an ffmpeg filter of two inputs writes into its file `log`.
+
+    Both videos go in as raw 8-bit RGB and are converted to 4:2:0 in BT.709, limited range, as a
+    player's file of them would be; no codec touches them.
+
+    video, reference: RGB `[T, 3, H, W]`, uint8 or float in [0, 1], sides of at least `smallest`
+    pixels. Raises ValueError if they differ in shape or are no such videos, RuntimeError with
+    ffmpeg's last line if it fails.
+    """
+    pair = rgb(levels(video, reference)), rgb(levels(reference, video))
+    height, width = video.shape[-2:]
+    if min(height, width) < smallest:
+        name = filter_and_options.split("=")[0]
+        raise ValueError(
+            f"{name} needs frames of at least {smallest} x {smallest} pixels, got "
+            f"{height} x {width}."
+        )
+    same = "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p"
+    graph = f"[0:v]{same}[a];[1:v]{same}[b];[a][b]{filter_and_options}"
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(FPS)]
+    with TemporaryDirectory() as folder:
+        for name, frames in zip("ab", pair, strict=True):
+            content = frames.permute(0, 2, 3, 1).contiguous().cpu().numpy().tobytes()
+            (Path(folder) / name).write_bytes(content)
+        inputs = [*raw, "-i", "a", *raw, "-i", "b"]
+        command = [get_ffmpeg_exe(), "-v", "error", *inputs, "-lavfi", graph, "-f", "null", "-"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise RuntimeError(f"ffmpeg failed with code {done.returncode}: {reason}")
+        return (Path(folder) / LOG).read_text()
+
+
+@cache
+def filter_missing(name: str) -> str | None:
+    """Why a filter cannot be used here, or None."""
+    done = subprocess.run([get_ffmpeg_exe(), "-filters"], capture_output=True, text=True)
+    if re.search(rf"\s{name}\s", done.stdout):
+        return None
+    return (
+        f"the ffmpeg at {get_ffmpeg_exe()} has no filter {name}: use the one that comes with "
+        "imageio-ffmpeg, or a build that has it."
+    )
