@@ -11,12 +11,15 @@ from types import MappingProxyType
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
+from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+from torch import Tensor
 
 from vdit_sparse.call import Origin
 from vdit_sparse.method import SparseAttention
 from vdit_sparse.pipelines.clock import Clock
-from vdit_sparse.pipelines.families import DENOISERS, family_of, preset
-from vdit_sparse.pipelines.hook import Run, SparseAttnProcessor
+from vdit_sparse.pipelines.families import DENOISERS, Family, family_of, preset
+from vdit_sparse.pipelines.hook import Run
+from vdit_sparse.pipelines.processor import SparseAttnProcessor, skipped
 from vdit_sparse.pipelines.report import Summary, settle
 
 HOOK = "vdit_sparse"
@@ -35,20 +38,17 @@ def apply(target: Target, method: SparseAttention | str, *, timed: bool = False)
     timed: record the milliseconds of every attention call for `summary`.
 
     Applying again replaces the method and needs no recompilation. Cross-attention stays as it is.
-    Raises ValueError for a model or preset that is not known, naming those that are.
+    Raises ValueError for a model or preset that is not known, naming those that are, for a method
+    that cannot run on the model, and for a layer whose processor is not the stock one.
     """
     denoisers = _denoisers(target)
     methods = {
         name: preset(model, method) if isinstance(method, str) else method
         for name, model in denoisers.items()
     }
-    for chosen in methods.values():
-        if not isinstance(chosen, SparseAttention):
-            raise TypeError(
-                "Expected a sparse attention method or a preset's name, got "
-                f"{type(chosen).__name__}."
-            )
-    clock = Clock(_steps_of(target))
+    for name, model in denoisers.items():
+        _check(model, methods[name])
+    clock = Clock(_schedule_of(target))
     for name, model in denoisers.items():
         run = _run_of(model) or _install(name, model)
         run.clock = clock
@@ -68,7 +68,7 @@ def remove(target: Target) -> None:
                 former = run.replaced[name]
                 if hasattr(former, "_attention_backend"):
                     former._attention_backend = ours._attention_backend
-                module.set_processor(former)
+                _set_processor(module, former)
         registry = HookRegistry.check_if_exists_or_initialize(model)
         registry.remove_hook(HOOK, recurse=False)
         registry.invalidate_child_registries_cache()
@@ -124,7 +124,7 @@ class SparsePipelineMixin:
         remove(self)
         for model in _denoisers(self).values():
             for module in family_of(model).layers(model).values():
-                module.set_processor(processor)
+                _set_processor(module, processor)
 
 
 def _denoisers(target: Target) -> dict[str, torch.nn.Module]:
@@ -165,30 +165,58 @@ def _run_of(model: torch.nn.Module) -> Run | None:
     return HookRegistry.check_if_exists_or_initialize(model).get_hook(HOOK)
 
 
+def _check(model: torch.nn.Module, method: object) -> None:
+    if not isinstance(method, SparseAttention):
+        raise TypeError(
+            f"Expected a sparse attention method or a preset's name, got {type(method).__name__}."
+        )
+    family = family_of(model)
+    reason = family.refuses(model, method) if family.refuses else None
+    if reason:
+        raise ValueError(f"{type(method).__name__} cannot run on {type(model).__name__}: {reason}.")
+
+
 def _install(name: str, model: torch.nn.Module) -> Run:
     family = family_of(model)
     run = Run(name, family, Clock())
-    for layer, (path, module) in enumerate(family.layers(model).items()):
+    layers = family.layers(model)
+    for layer, (path, module) in enumerate(layers.items()):
         former = run.replaced[path] = module.processor
-        ours = family.processor(run, layer)
+        ours = _ours(family, path, former)(run.number, layer)
         ours._attention_backend = getattr(former, "_attention_backend", None)
         ours._parallel_config = getattr(former, "_parallel_config", None)
         run.processors.append(ours)
-        module.set_processor(ours)
+    for module, ours in zip(layers.values(), run.processors, strict=True):
+        _set_processor(module, ours)
+        # Guiders that skip layers ask what a skipped processor returns.
+        AttentionProcessorRegistry.register(type(ours), AttentionProcessorMetadata(skipped))
     registry = HookRegistry.check_if_exists_or_initialize(model)
     registry.register_hook(run, HOOK)
     registry.invalidate_child_registries_cache()
     return run
 
 
-def _steps_of(target: Target) -> Callable[[], int | None]:
-    """Reads the number of steps off the scheduler, without keeping the pipeline alive."""
+def _ours(family: Family, path: str, former: object) -> type[SparseAttnProcessor]:
+    """Our class in place of a stock processor."""
+    if type(former) not in family.processors:
+        stock = ", ".join(kind.__name__ for kind in family.processors)
+        raise ValueError(
+            f"{path} has a {type(former).__name__}, which would be lost: sparse attention takes "
+            f"the place of {stock}. Unload the adapter, or set the stock processor first."
+        )
+    return family.processors[type(former)]
+
+
+def _set_processor(module: torch.nn.Module, processor: object) -> None:
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:  # Mochi's
+        module.processor = processor
+
+
+def _schedule_of(target: Target) -> Callable[[], Tensor | None]:
+    """Reads the timesteps off the scheduler, without keeping the pipeline alive."""
     if isinstance(target, torch.nn.Module):
         return lambda: None
     pipeline = weakref.ref(target)
-
-    def steps() -> int | None:
-        timesteps = getattr(getattr(pipeline(), "scheduler", None), "timesteps", None)
-        return None if timesteps is None else len(timesteps)
-
-    return steps
+    return lambda: getattr(getattr(pipeline(), "scheduler", None), "timesteps", None)

@@ -1,7 +1,7 @@
 """Where a denoising run is: its step, its guidance branch, and when a new run begins."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from diffusers.hooks.hooks import CacheContext
 from torch import Tensor
@@ -17,19 +17,22 @@ class Clock:
     Pipelines differ in what they say (diffusers passes the step for Wan T2V only), so the step is
     the context's, or else counted by changes of the timestep; the branch is the context's name, or
     else the number of the call within the step. A new run begins when the last one was reset or
-    died, when steps go back, when the timestep rises, or when a branch comes twice at a first step.
+    died, when the scheduler has another schedule (a pipeline sets it once a run, and only some
+    models are reset), when steps go back, when the timestep rises, or when a branch comes twice at
+    a first step.
 
-    steps_of: () -> number of denoising steps, or None where nobody knows.
+    schedule_of: () -> the timesteps of the run, or None where nobody knows.
     run: number of the run, 0 before the first; grid: of the last model call.
     """
 
-    steps_of: Callable[[], int | None] = lambda: None
+    schedule_of: Callable[[], Tensor | None] = lambda: None
     run: int = 0
     step: int = 0
     steps: int | None = None
     grid: Grid | None = None
     _in_call: bool = False
     _timestep: float | None = None
+    _schedule: Tensor | None = None
     _ended: bool = True
     _seen: set = field(default_factory=set)
 
@@ -38,9 +41,13 @@ class Clock:
         self._ended = True
 
     def check(self, grid: Grid) -> None:
-        """Before a model call: another size, or a call that never came back, ends the run."""
-        if self._in_call or grid != self.grid:
+        """Before a model call: another size of the video (guidance branches may differ in text),
+        another schedule, or a call that never came back, ends the run."""
+        schedule, former = self.schedule_of(), self._schedule
+        known = self.grid and replace(self.grid, text=grid.text)
+        if self._in_call or grid != known or schedule is not former:
             self.end()
+        self._schedule = schedule
         self.grid = grid
 
     def done(self) -> None:
@@ -57,7 +64,7 @@ class Clock:
             self._count(float(timestep.max()), (expert, context.name) if context else None)
         self._in_call = True
         known = context.num_inference_steps if context is not None else None
-        self.steps = known or self.steps_of()
+        self.steps = known or (None if self._schedule is None else len(self._schedule))
         branch = context.name if context is not None else f"call {len(self._seen)}"
         self._seen.add((expert, branch))
         return branch

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 
 import torch
+from torch import Tensor
 
 from vdit_sparse.grid import Grid
 from vdit_sparse.method import SparseAttention
@@ -13,36 +14,59 @@ from vdit_sparse.method import SparseAttention
 FAMILIES = {
     "WanTransformer3DModel": "vdit_sparse.pipelines.wan",
 }
+# Transformer class -> why it has no sparse attention.
+REFUSED = {
+    "SanaTransformer2DModel": "its self-attention is linear: it has no weights to leave out",
+}
 
 # Components of a pipeline that hold a transformer; Wan 2.2 has one for each noise range.
 DENOISERS = ("transformer", "transformer_2")
+
+# Arguments of a transformer's forward, by name.
+Arguments = Mapping[str, object]
+
+
+def _timestep(arguments: Arguments) -> Tensor:
+    return arguments["timestep"]
 
 
 @dataclass(frozen=True)
 class Family:
     """One model family's side of the contract with `attach`.
 
-    processor: class of the sparse processors, made as `processor(run, layer)`.
+    processors: class of each stock processor that is replaced -> class of ours, made as
+        `ours(number of the run, layer)`. A layer with any other processor is refused.
     layers: transformer -> its visual self-attention modules by name, in execution order.
-    grid: (transformer, arguments of its forward by name) -> Grid of this call.
+    grid: (transformer, arguments of its forward) -> Grid of this call; `text` counts all tokens of
+        the sequence that are no video. A layer whose sequence is the video alone may be among the
+        layers: its calls have no text.
+    lead: (transformer, arguments) -> how many of the text tokens stand before the video in the
+        sequence that processors see; None where all stand after it.
+    timestep: arguments -> a tensor whose largest value falls from step to step.
+    refuses: (transformer, method) -> why the method cannot run on it, or None.
     presets: settings published for, or measured on, this family's checkpoints.
     """
 
-    processor: type
+    processors: Mapping[type, type]
     layers: Callable[[torch.nn.Module], dict[str, torch.nn.Module]]
-    grid: Callable[[torch.nn.Module, Mapping[str, object]], Grid]
+    grid: Callable[[torch.nn.Module, Arguments], Grid]
+    lead: Callable[[torch.nn.Module, Arguments], int] | None = None
+    timestep: Callable[[Arguments], Tensor] = _timestep
+    refuses: Callable[[torch.nn.Module, SparseAttention], str | None] | None = None
     presets: Mapping[str, SparseAttention] = field(default_factory=dict)
 
 
 def family_of(transformer: torch.nn.Module) -> Family:
     """The family of a diffusers transformer. Raises ValueError, naming the supported classes, if
     there is none."""
+    name = type(transformer).__name__
     for kind in type(transformer).__mro__:
+        if kind.__name__ in REFUSED:
+            raise ValueError(f"No sparse attention for {name}: {REFUSED[kind.__name__]}.")
         if kind.__name__ in FAMILIES:
             return import_module(FAMILIES[kind.__name__]).FAMILY
     raise ValueError(
-        f"No sparse attention for {type(transformer).__name__}; there is for: "
-        f"{', '.join(sorted(FAMILIES))}."
+        f"No sparse attention for {name}; there is for: {', '.join(sorted(FAMILIES))}."
     )
 
 
@@ -52,6 +76,6 @@ def preset(transformer: torch.nn.Module, name: str) -> SparseAttention:
     if name not in presets:
         raise ValueError(
             f"Unknown preset {name!r} for {type(transformer).__name__}; there are: "
-            f"{', '.join(sorted(presets))}."
+            f"{', '.join(sorted(presets)) or 'none yet'}."
         )
     return presets[name]

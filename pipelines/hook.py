@@ -1,15 +1,13 @@
-"""The hook that owns all state of a run, and the processors that bring q, k, v to it."""
+"""The hook that owns all state of a run."""
 
 import inspect
 import itertools
-import weakref
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import StateManager
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from vdit_sparse.call import Call, Note, Origin
@@ -19,17 +17,18 @@ from vdit_sparse.kernels.block_sparse import choose_backend, explain
 from vdit_sparse.method import SparseAttention
 from vdit_sparse.pipelines.clock import Clock
 from vdit_sparse.pipelines.families import Family
+from vdit_sparse.pipelines.processor import RUNS, SparseAttnProcessor
 from vdit_sparse.pipelines.report import Entry, Stopwatch
+from vdit_sparse.pipelines.sequence import VideoFirst
 
-# A compiled block knows its run by number: an int is a guard that never changes.
-_RUNS: weakref.WeakValueDictionary[int, "Run"] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
 class Place(NamedTuple):
-    """Where the model call in progress is."""
+    """Where the model call in progress is, and the text tokens before its video."""
 
     grid: Grid
+    lead: int
     branch: str
     step: int
     steps: int | None
@@ -54,7 +53,7 @@ class Run(ModelHook):
         self.processors: list[SparseAttnProcessor] = []
         self.replaced: dict[str, object] = {}
         self.number = next(_numbers)
-        _RUNS[self.number] = self
+        RUNS[self.number] = self
         self.context = StateManager(state_cls=None)
         self.entries: list[Entry] = []
         self.backend: tuple[str, dict[str, str | None]] | None = None
@@ -74,15 +73,17 @@ class Run(ModelHook):
     @torch.compiler.disable
     def pre_forward(self, module, *args, **kwargs):
         given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
-        grid = self.family.grid(module, given.arguments)
-        timestep = given.arguments["timestep"]
+        family = self.family
+        grid = family.grid(module, given.arguments)
+        lead = family.lead(module, given.arguments) if family.lead else 0
         self.clock.check(grid)
+        timestep = family.timestep(given.arguments)
         branch = self.clock.tick(self.expert, self.context._context, timestep)
         if self.clock_run != self.clock.run:
             self.clock_run = self.clock.run
             self._memory.clear()
             self.entries, self.backend, self.calibration = [], None, None
-        self._place = Place(grid, branch, self.clock.step, self.clock.steps)
+        self._place = Place(grid, lead, branch, self.clock.step, self.clock.steps)
         return args, kwargs
 
     @torch.compiler.disable
@@ -98,32 +99,56 @@ class Run(ModelHook):
         self.clock.end()
         return module
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of one layer: query, key, value `[B, S, H, D]` -> contiguous `[B, S, H, D]`."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attention of one layer: query, key, value `[B, S, H, D]` in the model's order ->
+        contiguous `[B, S, H, D]`. mask: as the stock processor gets it."""
+        processor = self.processors[layer]
+        started = self.watch.start(query.device) if self.watch else None
+        sequence = self._sequence(processor, query, mask)
+        call = self._call(layer, sequence)
+        dense = self.method.is_dense(call)
+        if dense:
+            out = processor.dense(query, key, value, mask)
+        else:
+            q, k, v = (sequence.move(x).transpose(1, 2) for x in (query, key, value))
+            self._check_sparse(processor, q, k, v)
+            out = sequence.back(self.method(q, k, v, call).transpose(1, 2))
+        mark = self.watch.stop(started) if self.watch else None
+        note, place = call.note, self._place
+        self.calibration = note.calibration or self.calibration
+        entry = Entry(
+            self.expert, place.branch, place.step, layer, dense, note.density, note.searched
+        )
+        self.entries.append(replace(entry, milliseconds=mark, plans=tuple(note.plans)))
+        return out.contiguous()
+
+    def _sequence(
+        self, processor: SparseAttnProcessor, query: Tensor, mask: Tensor | None
+    ) -> VideoFirst:
         if self._place is None:
             raise RuntimeError(
                 "A sparse self-attention layer was called outside of its transformer's forward, "
                 "where grid and step are unknown; call the whole transformer."
             )
-        grid, branch, step, steps = self._place
-        memory = self._memory.setdefault((branch, layer), {})
-        note = Note(watch=self.watch)
-        place = (grid, layer, len(self.processors), step, steps)
-        call = Call(*place, memory, self.origin, note)
-        processor = self.processors[layer]
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        dense = self.method.is_dense(call)
-        if not dense:
-            self._check_sparse(processor, q, k, v)
-        started = self.watch.start(query.device) if self.watch else None
-        out = self.method(q, k, v, call, processor.dense)
-        mark = self.watch.stop(started) if self.watch else None
-        self.calibration = note.calibration or self.calibration
-        entry = Entry(self.expert, branch, step, layer, dense, note.density, note.searched)
-        self.entries.append(replace(entry, milliseconds=mark, plans=tuple(note.plans)))
-        return out.transpose(1, 2).contiguous()
+        grid, lead = self._place[:2]
+        if query.shape[1] == grid.video:  # a layer without the text
+            grid, lead = replace(grid, text=0), 0
+        keys = processor.keys(mask, query)
+        if keys is None or not grid.text:
+            return VideoFirst(grid, lead)
+        real = torch.cat([keys[:, :lead], keys[:, lead + grid.video :]], dim=1)
+        return VideoFirst(grid, lead, real)
 
-    def _check_sparse(self, processor: "SparseAttnProcessor", q: Tensor, k: Tensor, v: Tensor):
+    def _call(self, layer: int, sequence: VideoFirst) -> Call:
+        _, _, branch, step, steps = self._place
+        memory = self._memory.setdefault((branch, layer), {})
+        place = (sequence.grid, layer, len(self.processors), step, steps)
+        note = Note(watch=self.watch)
+        return Call(*place, memory, self.origin, note, sequence.kv_len)
+
+    def _check_sparse(self, processor: SparseAttnProcessor, q: Tensor, k: Tensor, v: Tensor):
         if processor._parallel_config is not None:
             raise NotImplementedError(
                 "Sparse attention under context parallelism is not supported yet; disable the "
@@ -137,50 +162,3 @@ class Run(ModelHook):
             reasons = explain(q, k, v, mask, precision)
             chosen = self.method.backend or choose_backend(q, k, v, mask, precision)
             self.backend = (chosen, reasons)
-
-
-class SparseAttnProcessor:
-    """Base of the families' processors: a stock processor whose attention goes through the run.
-
-    A subclass defines `__call__` with the stock processor's argument names (diffusers drops
-    others), brings query, key, value `[B, S, H, D]` to `attend`, and continues as stock does.
-    """
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, run: Run, layer: int):
-        self.run = run.number
-        # A tensor, not an int: one compiled graph serves all layers.
-        self.layer = torch.tensor(layer)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Dense or sparse attention `[B, S, H, D]` -> `[B, S, H, D]`, as the method decides."""
-        if torch.is_grad_enabled() and query.requires_grad:
-            raise RuntimeError(
-                "vdit_sparse is inference only, but the model runs under autograd; use "
-                "torch.no_grad(), or vdit_sparse.remove(...) to train."
-            )
-        return torch.ops.vdit_sparse.attend(query, key, value, self.layer, self.run)
-
-    def dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The stock attention, through diffusers' dispatcher: `[B, H, S, D]` -> `[B, H, S, D]`."""
-        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        return out.transpose(1, 2)
-
-
-@torch.library.custom_op("vdit_sparse::attend", mutates_args=())
-def _attend(query: Tensor, key: Tensor, value: Tensor, layer: Tensor, run: int) -> Tensor:
-    return _RUNS[run].attend(int(layer), query, key, value)
-
-
-@_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, layer: Tensor, run: int) -> Tensor:
-    return query.new_empty(query.shape)

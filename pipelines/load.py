@@ -50,7 +50,7 @@ def load_pipeline(
     cls = _pipeline_class(source, image_to_video)
     dtypes = dtype if bundled else {"default": dtype, "vae": torch.float32}
     pipe = cls.from_pretrained(source, dtype=dtypes)
-    pipe.generation = _generation(source)
+    pipe.generation = {**cls.generation, **_generation(source)}
     if few_step:
         pipe.generation |= load_few_step(pipe, MINI)
     return pipe.to(device)
@@ -61,7 +61,8 @@ def defaults(pipe: DiffusionPipeline) -> dict:
     the checkpoint's own (its generation.json), else those of the call's signature."""
     names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
     parameters = pipe.stock_signature.parameters
-    stock = {name: parameters[name].default for name in (*names, "max_sequence_length")}
+    there = [name for name in (*names, "max_sequence_length") if name in parameters]
+    stock = {name: parameters[name].default for name in there}
     return {**stock, "fps": 16, **pipe.generation}
 
 

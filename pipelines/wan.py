@@ -4,7 +4,11 @@ from collections.abc import Mapping
 
 import diffusers
 import torch
-from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv_projections
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanAttnProcessor,
+    _get_qkv_projections,
+)
 from torch import Tensor
 
 from vdit_sparse.grid import Grid
@@ -18,7 +22,7 @@ from vdit_sparse.methods import (
 )
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
 from vdit_sparse.pipelines.families import Family
-from vdit_sparse.pipelines.hook import SparseAttnProcessor
+from vdit_sparse.pipelines.processor import SparseAttnProcessor
 
 
 class WanSparseAttnProcessor(SparseAttnProcessor):
@@ -127,7 +131,7 @@ PRESETS = {
     "rettention-mini": RettentionAttention(density=0.1, block=64, dense_steps=4, refresh=4),
 }
 
-FAMILY = Family(WanSparseAttnProcessor, _layers, _grid, PRESETS)
+FAMILY = Family({WanAttnProcessor: WanSparseAttnProcessor}, _layers, _grid, presets=PRESETS)
 
 
 class WanPipeline(SparsePipelineMixin, diffusers.WanPipeline):

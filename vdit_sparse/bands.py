@@ -102,14 +102,21 @@ def band_tiles(grid: Grid, share: float, region: tuple[int, int]) -> Tensor:
     return keep
 
 
-def band_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, half: int) -> tuple[Tensor, Tensor]:
+def band_attention(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, half: int, kv_len: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of exactly the tokens in the band: out `[B, H, S, D]` in the dtype of q, and lse
     `[B, H, S]` fp32, natural log, of q, k, v `[B, H, S, D]` in the order of the sequence.
+    kv_len: int32 `[B]`, keys from there on are masked in that batch row.
 
     Plain torch in fp32, on any device, in chunks of places of a frame whose scores take about
     `SCORE_BYTES`; never `[S, S]`. Slow: it is there to compare with results of token masks.
     """
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    hidden = None
+    if kv_len is not None:
+        hidden = (torch.arange(grid.tokens, device=q.device) >= kv_len[:, None])[:, None, None]
+        v = v.masked_fill(hidden.mT, 0)  # a weight of 0 times nan is nan
     place = torch.arange(grid.frame_tokens, device=q.device)
     video, text = torch.arange(grid.tokens, device=q.device).split([grid.video, grid.text])
     video = video.view(grid.frames, -1)
@@ -120,10 +127,10 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, grid: Grid, half: int) -> tu
         near = (place[first:last, None] - place[low:high]).abs() <= half
         visible = near.repeat(grid.frames, grid.frames)
         visible = pad(visible, (0, grid.text), value=True)
-        _attend_rows((q, k, v), (out, lse), rows, torch.cat([columns, text]), visible)
+        _attend_rows((q, k, v), (out, lse), rows, torch.cat([columns, text]), visible, hidden)
     if grid.text:
         for rows in text.split(max(1, budget // grid.tokens)):
-            _attend_rows((q, k, v), (out, lse), rows, slice(None), None)
+            _attend_rows((q, k, v), (out, lse), rows, slice(None), None, hidden)
     return out, lse
 
 
@@ -136,7 +143,7 @@ def _chunks(grid: Grid, half: int, budget: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + count, grid.frame_tokens)
 
 
-def _attend_rows(inputs, results, rows: Tensor, columns: Tensor | slice, visible) -> None:
+def _attend_rows(inputs, results, rows: Tensor, columns: Tensor | slice, visible, hidden) -> None:
     """Attention of the positions `rows` to those in `columns`, into `results`."""
     q, k, v = (
         x[:, :, part].float() for x, part in zip(inputs, (rows, columns, columns), strict=True)
@@ -144,6 +151,8 @@ def _attend_rows(inputs, results, rows: Tensor, columns: Tensor | slice, visible
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if visible is not None:
         scores.masked_fill_(~visible, -torch.inf)
+    if hidden is not None:
+        scores.masked_fill_(hidden[..., columns], -torch.inf)
     out, lse = results
     out[:, :, rows] = (scores.softmax(-1) @ v).to(out.dtype)
     lse[:, :, rows] = scores.logsumexp(-1)

@@ -70,6 +70,8 @@ class Call:
     memory: a dict of this layer, this guidance branch and this expert; emptied when the run ends.
     origin: which model calls.
     note: what the method writes down about this call.
+    kv_len: int32 `[B]`, tokens of each batch row; those from there on, at the end of the text, are
+        padding that nothing attends to. None where all are real.
     """
 
     grid: Grid
@@ -80,6 +82,7 @@ class Call:
     memory: dict
     origin: Origin = Origin()
     note: Note = field(default_factory=Note)
+    kv_len: Tensor | None = None
 
     def step_at(self, when: int | float) -> int:
         """A step given as itself (int) or as a fraction of all steps (float in [0, 1), rounded

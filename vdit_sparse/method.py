@@ -90,16 +90,17 @@ class SparseAttention(ABC):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Sparse attention of q, k, v `[B, H, S, D]` -> `[B, H, S, D]`."""
         plan = self.current_plan(q, k, call)
-        return execute(q, k, v, plan, precision=self.precision, backend=self.backend)[0]
+        how = {"precision": self.precision, "backend": self.backend}
+        return execute(q, k, v, plan, kv_len=call.kv_len, **how)[0]
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, call: Call, dense: Dense | None = None
     ) -> Tensor:
         """Dense or sparse attention of q, k, v `[B, H, S, D]`, as the four dense fields say.
 
-        `dense(q, k, v)` runs the dense calls; the default is `F.scaled_dot_product_attention`.
-        Raises RuntimeError under autograd (this is inference only) and ValueError if the sequence
-        is not as long as the grid.
+        `dense(q, k, v)` runs the dense calls; the default is `F.scaled_dot_product_attention` with
+        the padding of `call.kv_len` masked. Raises RuntimeError under autograd (this is inference
+        only) and ValueError if the sequence is not as long as the grid.
         """
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise RuntimeError(
@@ -110,9 +111,11 @@ class SparseAttention(ABC):
             raise ValueError(
                 f"The grid {call.grid} has {call.grid.tokens} tokens, but q has {q.shape[2]}."
             )
-        if self.is_dense(call):
-            return (dense or F.scaled_dot_product_attention)(q, k, v)
-        return self.attend(q, k, v, call)
+        if not self.is_dense(call):
+            return self.attend(q, k, v, call)
+        if dense is not None:
+            return dense(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, real_keys(call.kv_len, k))
 
     def is_dense(self, call: Call) -> bool:
         """Whether this call runs dense. Raises ValueError if that depends on a number of steps
@@ -175,6 +178,14 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
         raise ValueError(f"{name} must be a finite number above {low:g}{limit}, got {value!r}.")
 
 
+def real_keys(kv_len: Tensor | None, k: Tensor) -> Tensor | None:
+    """`kv_len` `[B]` as the mask of k `[B, H, S, D]` that SDPA takes: bool `[B, 1, 1, S]`, True for
+    real keys, or None."""
+    if kv_len is None:
+        return None
+    return (torch.arange(k.shape[2], device=k.device) < kv_len[:, None])[:, None, None]
+
+
 def _is_step(value: object) -> bool:
     return (type(value) is int and value >= 0) or (type(value) is float and 0 <= value < 1)
 
@@ -193,12 +204,19 @@ def execute(
     v: Tensor,
     plan: Plan,
     *,
+    kv_len: Tensor | None = None,
     precision: str = "bf16",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs a plan on q, k, v `[B, H, S, D]` -> out `[B, H, S, D]`, lse `[B, H, S]` fp32, both in
-    the order of the sequence."""
-    run = {"precision": precision, "backend": backend}
+    the order of the sequence.
+
+    kv_len: int32 `[B]`, keys from there on are masked in that batch row (`Call.kv_len`). A plan
+    with an order must then leave the padded tokens where they are: last, in their order.
+    """
+    if kv_len is not None and plan.order is not None:
+        kv_len = kv_len + (plan.order.shape[-1] - q.shape[2])
+    run = {"kv_len": kv_len, "precision": precision, "backend": backend}
     if plan.order is None:
         return block_sparse_attention(q, k, v, plan.mask, **run)
     out, lse = block_sparse_attention(

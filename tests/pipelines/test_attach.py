@@ -20,7 +20,7 @@ from vdit_sparse import (
     summary,
 )
 from vdit_sparse.calibration import CalibrationWarning
-from vdit_sparse.pipelines.hook import SparseAttnProcessor
+from vdit_sparse.pipelines.processor import SparseAttnProcessor
 
 SPARSE = RadialAttention(block=64)
 

@@ -79,7 +79,7 @@ class AdaSpaAttention(SparseAttention):
         """Sparse attention of q, k, v `[B, H, S, D]`; a first search gives its dense output."""
         if not (self.dense_search and self.is_due(call) and "lse" not in call.memory):
             return super().attend(q, k, v, call)
-        out, lse = self._dense(q, k, v)
+        out, lse = self._dense(q, k, v, call)
         with call.note.planning(q.device):
             self.remember(call, self._search(q, k, lse, call))
         call.note.density = 1.0
@@ -88,18 +88,18 @@ class AdaSpaAttention(SparseAttention):
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         """Searches with the run's LSE, or at a first search with that of a dense pass."""
         lse = call.memory.get("lse")
-        return self._search(q, k, self._dense(q, k, k)[1] if lse is None else lse, call)
+        return self._search(q, k, self._dense(q, k, k, call)[1] if lse is None else lse, call)
 
-    def _dense(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         # Blocks of 128 whatever `block` is: their tiles are the larger ones.
         mask = BlockMask.full(q.shape[2], block=128, device=q.device)
-        return block_sparse_attention(q, k, v, mask, backend=self.backend)
+        return block_sparse_attention(q, k, v, mask, kv_len=call.kv_len, backend=self.backend)
 
     def _search(self, q: Tensor, k: Tensor, lse: Tensor, call: Call) -> Plan:
         call.note.searched = True
         if self.cache_lse and self.refresh != "once":
             call.memory["lse"] = lse
-        mass = block_mass(q, k, lse, self.block)
+        mass = _mass(q, k, lse, self.block, call.kv_len)
         score = mass
         if self.per == "head":  # each row's heaviest block first, so that no row starves
             score = mass.scatter(-1, mass.argmax(-1, keepdim=True), torch.inf)
@@ -134,6 +134,17 @@ class AdaSpaAttention(SparseAttention):
         score = score.expand(keep.shape).masked_fill(keep, -torch.inf)
         count = round(self.random_share * mask.nq * mask.nk)
         return top_blocks(score, count, self.block, per="head", always=keep)
+
+
+def _mass(q: Tensor, k: Tensor, lse: Tensor, block: int, kv_len: Tensor | None) -> Tensor:
+    """`block_mass` of the real tokens, fp32 `[B, H, nb, nb]`."""
+    if kv_len is None:
+        return block_mass(q, k, lse, block)
+    starts = torch.arange(0, q.shape[2], block, device=q.device)
+    valid = (kv_len[:, None] - starts).clamp(0, block).to(torch.int32)
+    rows = zip(q.split(1), k.split(1), lse.split(1), valid, strict=True)
+    # A kernel takes one `valid` for all rows.
+    return torch.cat([block_mass(*row, block, valid=real) for *row, real in rows])
 
 
 @lru_cache(maxsize=16)

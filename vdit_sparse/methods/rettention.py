@@ -111,9 +111,11 @@ class RettentionAttention(SparseAttention):
         """out, lse and density of the band alone."""
         if self.mask == "token":
             half = half_width(call.grid, self.density)
-            return *band_attention(q, k, v, call.grid, half), band_density(call.grid, half)
+            out = band_attention(q, k, v, call.grid, half, call.kv_len)
+            return *out, band_density(call.grid, half)
         plan = self.plan(q, k, call)
-        out = execute(q, k, v, plan, precision=self.precision, backend=self.backend)
+        how = {"precision": self.precision, "backend": self.backend}
+        out = execute(q, k, v, plan, kv_len=call.kv_len, **how)
         return *out, plan.mask.kept_share
 
     def _attend_and_cache(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
@@ -123,7 +125,8 @@ class RettentionAttention(SparseAttention):
             announce(need, q.device, self.offload)
         call.memory.clear()
         everything = BlockMask.full(call.grid.tokens, block=self.block, device=q.device)
-        full, full_lse = block_sparse_attention(q, k, v, everything, backend=self.backend)
+        how = {"kv_len": call.kv_len, "backend": self.backend}
+        full, full_lse = block_sparse_attention(q, k, v, everything, **how)
         call.note.density = 1.0
         if self.refresh != "each":
             call.note.searched = True

@@ -1,19 +1,11 @@
-"""Random diffusers pipelines of a few thousand parameters, built offline in milliseconds."""
-
-import string
+"""Wan 2.1 and 2.2."""
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from PIL import Image
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    T5Tokenizer,
-    UMT5Config,
-    UMT5EncoderModel,
-)
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
+from tests.tiny_models.parts import CALL, Tiny, encoding_once, flow, t5_tokenizer, umt5_encoder
 from vdit_sparse.pipelines.wan import WanImageToVideoPipeline, WanPipeline
 
 # 5 x 8 x 8 = 320 tokens: five blocks of 64.
@@ -65,9 +57,11 @@ def tiny_wan_i2v(*, layers: int = 2) -> WanImageToVideoPipeline:
     return pipe
 
 
+ORANGE = Image.new("RGB", (64, 64), "orange")
+
+
 def wan_i2v_call() -> dict:
-    image = Image.new("RGB", (64, 64), "orange")
-    return {**WAN_CALL, "image": image, "max_sequence_length": 512}
+    return {**WAN_CALL, "image": ORANGE, "max_sequence_length": 512}
 
 
 def wan_transformer(layers: int, head_dim: int, *, seed: int = 0, **config):
@@ -88,20 +82,7 @@ def wan_transformer(layers: int, head_dim: int, *, seed: int = 0, **config):
 
 
 def _parts() -> dict:
-    characters = string.ascii_lowercase + string.digits + ".,!?'-:"
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    vocabulary += [(character, -3.0) for character in characters]
     torch.manual_seed(0)
-    text = UMT5Config(
-        vocab_size=64,
-        d_model=32,
-        d_kv=8,
-        d_ff=37,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-    )
     vae = AutoencoderKLWan(
         base_dim=3,
         z_dim=16,
@@ -110,8 +91,23 @@ def _parts() -> dict:
         temperal_downsample=[False, True, True],
     )
     return {
-        "tokenizer": T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512),
-        "text_encoder": UMT5EncoderModel(text).eval(),
+        "tokenizer": t5_tokenizer(),
+        "text_encoder": umt5_encoder(),
         "vae": vae.eval(),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
+        "scheduler": flow(shift=7.0),
     }
+
+
+def tiny(pipe, **changes) -> Tiny:
+    # 4 x 8 x 16 tokens: Radial needs the frames, Re-ttention two tiles in each.
+    call = {**WAN_CALL, "width": 256, "num_frames": 13, **CALL, **changes}
+    encoding_once(pipe.vae)
+    return Tiny(pipe, call, odd={"height": 80, "width": 112, "num_frames": 9})
+
+
+TINY = {
+    "wan": lambda: tiny(tiny_wan()),
+    "wan-two-experts": lambda: tiny(tiny_wan(experts=2), num_inference_steps=4),
+    "wan-ti2v": lambda: tiny(tiny_wan(expand_timesteps=True)),
+    "wan-i2v": lambda: tiny(tiny_wan_i2v(), image=ORANGE, max_sequence_length=512),
+}

@@ -1,0 +1,130 @@
+"""What every model family promises: the same numbers as stock diffusers, and every method on it."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from tests.pipelines.family_cases import method_for
+from tests.tiny_models.catalogue import TINY
+from tests.tiny_models.parts import Tiny
+from vdit_sparse import METHODS, RadialAttention, apply, load_pipeline, remove, summary
+from vdit_sparse.pipelines.families import DENOISERS, family_of
+from vdit_sparse.pipelines.processor import SparseAttnProcessor
+from vdit_sparse.pipelines.report import Summary
+
+DENSE = RadialAttention(block=64, dense_steps=10_000)
+BATCH = {"prompt": ["a cat", "a white dog runs away"]}
+pytestmark = pytest.mark.filterwarnings("ignore::vdit_sparse.calibration.CalibrationWarning")
+
+
+@dataclass(frozen=True)
+class Case:
+    tiny: Tiny
+    stock: torch.Tensor
+    dense: Summary
+    heads: int
+
+    def run(self, method=None, **changes) -> torch.Tensor:
+        if method is not None:
+            apply(self.tiny.pipe, method)
+        return run(self.tiny.pipe, {**self.tiny.call, **changes})
+
+
+@torch.no_grad()
+def run(pipe: DiffusionPipeline, call: dict) -> torch.Tensor:
+    out = pipe(**call, generator=torch.Generator().manual_seed(0))[0]
+    return torch.stack(list(out))
+
+
+@pytest.fixture(scope="module", params=TINY)
+def built(request) -> Case:
+    tiny = TINY[request.param]()
+    stock = run(tiny.pipe, tiny.call)
+    queries = []
+    layer = next(iter(layers_of(tiny.pipe)))
+    apply(tiny.pipe, DENSE)
+    processor = layer.processor
+    wrapped = processor.attend
+    processor.attend = lambda q, *rest: queries.append(q.shape[2]) or wrapped(q, *rest)
+    dense = run(tiny.pipe, tiny.call)
+    assert torch.equal(dense, stock), "dense differs from stock"
+    done = summary(tiny.pipe)
+    remove(tiny.pipe)
+    return Case(tiny, stock, done, queries[0])
+
+
+@pytest.fixture
+def case(built):
+    yield built
+    remove(built.tiny.pipe)
+
+
+def layers_of(pipe) -> list[torch.nn.Module]:
+    models = [getattr(pipe, name, None) for name in DENOISERS]
+    return [m for model in models if model for m in family_of(model).layers(model).values()]
+
+
+def test_dense_is_bit_equal_and_every_call_has_its_step_branch_and_layer(case):
+    entries, layers = case.dense.entries, case.dense.layers
+    assert torch.equal(case.run(DENSE), case.stock)
+    steps = case.tiny.call["num_inference_steps"]
+    assert {entry.step for entry in entries} == set(range(steps))
+    assert {entry.layer for entry in entries} == set(range(layers))
+    places = [(e.expert, e.branch, e.step, e.layer) for e in entries]
+    assert len(set(places)) == len(places)
+    assert len(places) % (steps * layers) == 0  # every layer in every branch
+
+
+def test_only_visual_self_attention_is_replaced_and_comes_back(case):
+    pipe = case.tiny.pipe
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    modules = [m for part in parts for m in part.modules() if hasattr(m, "processor")]
+    before = [module.processor for module in modules]
+    apply(pipe, DENSE)
+    ours = {id(m) for m in modules if isinstance(m.processor, SparseAttnProcessor)}
+    assert ours == {id(layer) for layer in layers_of(pipe)}
+    for module, former in zip(modules, before, strict=True):
+        assert (id(module) in ours) or module.processor is former
+    remove(pipe)
+    assert all(m.processor is former for m, former in zip(modules, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["radial", "draft", "paro"])
+def test_all_blocks_kept_equals_stock_at_odd_sizes_and_with_unequal_prompts(case, name, tmp_path):
+    changes = {"radial": {}, "draft": case.tiny.odd, "paro": BATCH if case.tiny.batch else {}}[name]
+    stock = case.run(**changes)
+    case.run(DENSE, **changes)
+    done = summary(case.tiny.pipe)
+    method = method_for(name, done, case.heads, tmp_path, everything=True)
+    out = case.run(method, **changes)
+    torch.testing.assert_close(out, stock, atol=case.tiny.tolerance, rtol=0)
+    assert summary(case.tiny.pipe).sparse_density == 1.0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_twice_the_same_or_says_why_not(case, name, tmp_path):
+    method = method_for(name, case.dense, case.heads, tmp_path)
+    if name in case.tiny.refused:
+        with pytest.raises(ValueError, match=case.tiny.refused[name]):
+            case.run(method)
+        return
+    first = case.run(method)
+    assert torch.equal(case.run(method), first)
+    assert first.isfinite().all() and not torch.equal(first, case.stock)
+    done = summary(case.tiny.pipe)
+    assert 0 < done.sparse_density < 1
+    assert [(e.branch, e.step, e.layer) for e in done.entries] == [
+        (e.branch, e.step, e.layer) for e in case.dense.entries
+    ]
+
+
+def test_saved_with_a_method_on_it_and_loaded_it_is_stock_again(case, tmp_path):
+    apply(case.tiny.pipe, DENSE)
+    case.tiny.pipe.save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path, dtype=torch.float32, device="cpu")
+    again.set_progress_bar_config(disable=True)
+    assert type(again) is type(case.tiny.pipe)
+    assert not any(isinstance(m.processor, SparseAttnProcessor) for m in layers_of(again))
+    torch.testing.assert_close(run(again, dict(case.tiny.call)), case.stock, atol=1e-5, rtol=0)
