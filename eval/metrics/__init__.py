@@ -25,24 +25,113 @@ device of its inputs as far as it can. Nothing is ever downloaded.
 nothing but torch. Metrics of a whole set of videos accumulate (`FrechetDistance`).
 """
 
-from vdit_sparse.eval.metrics.parts.metric import ALONE, PAIR, Metric, Unavailable
+from functools import partial
+
+from vdit_sparse.eval.metrics import adherence as judged
+from vdit_sparse.eval.metrics import (
+    clip_score,
+    flow,
+    lpips,
+    mobilenet,
+    niqe,
+    rife,
+    st_lpips,
+    vmaf,
+    xpsnr,
+)
+from vdit_sparse.eval.metrics.flicker import (
+    flicker_difference_per_pair,
+    motion_difference_per_pair,
+    temporal_flickering_per_pair,
+)
+from vdit_sparse.eval.metrics.flip import flip_per_frame
+from vdit_sparse.eval.metrics.frechet import FrechetDistance
+from vdit_sparse.eval.metrics.latents import latent_error, latent_error_per_frame
+from vdit_sparse.eval.metrics.ms_ssim import ms_ssim_per_frame
+from vdit_sparse.eval.metrics.parts.metric import ALONE, LATENTS, Metric, Unavailable
 from vdit_sparse.eval.metrics.psnr import psnr, psnr_per_frame
+from vdit_sparse.eval.metrics.sharpness import sharpness_per_frame
 from vdit_sparse.eval.metrics.ssim import ssim, ssim_per_frame
 
 ALL_METRICS: dict[str, Metric] = {
-    "psnr": Metric(
-        title="PSNR", frame_values=psnr_per_frame, compute=psnr, higher_is_better=True, unit="dB"
+    "psnr": Metric("PSNR", psnr_per_frame, unit="dB"),
+    "ssim": Metric("SSIM", ssim_per_frame),
+    "ms_ssim": Metric("MS-SSIM", ms_ssim_per_frame),
+    "lpips_alex": Metric(
+        "LPIPS (AlexNet)",
+        partial(lpips.lpips_per_frame, trunk="alex"),
+        higher_is_better=False,
+        needs=partial(lpips.unavailable, "alex"),
     ),
-    "ssim": Metric(title="SSIM", frame_values=ssim_per_frame, compute=ssim, higher_is_better=True),
+    "lpips_vgg": Metric(
+        "LPIPS (VGG)",
+        partial(lpips.lpips_per_frame, trunk="vgg"),
+        higher_is_better=False,
+        needs=partial(lpips.unavailable, "vgg"),
+    ),
+    "st_lpips": Metric(
+        "ST-LPIPS", st_lpips.st_lpips_per_frame, higher_is_better=False, needs=st_lpips.unavailable
+    ),
+    "flip": Metric("FLIP", flip_per_frame, higher_is_better=False),
+    "vmaf": Metric("VMAF", vmaf.vmaf_per_frame, needs=vmaf.unavailable),
+    "xpsnr": Metric("XPSNR", xpsnr.xpsnr_per_frame, unit="dB", needs=xpsnr.unavailable),
+    "flicker_difference": Metric(
+        "difference of flicker", flicker_difference_per_pair, higher_is_better=False
+    ),
+    "motion_difference": Metric(
+        "difference of motion", motion_difference_per_pair, higher_is_better=False, unit="levels"
+    ),
+    "latent_error": Metric(
+        "relative error of latents",
+        latent_error_per_frame,
+        latent_error,
+        takes=LATENTS,
+        higher_is_better=False,
+    ),
+    "temporal_flickering": Metric(
+        "temporal flickering (VBench)", temporal_flickering_per_pair, takes=ALONE
+    ),
+    "sharpness": Metric("sharpness", sharpness_per_frame, takes=ALONE, unit="levels²"),
+    "niqe": Metric(
+        "NIQE", niqe.niqe_per_frame, takes=ALONE, higher_is_better=False, needs=niqe.unavailable
+    ),
+    "dis_motion": Metric(
+        "motion (DIS flow)",
+        flow.dis_motion_per_pair,
+        takes=ALONE,
+        unit="% of the shorter side",
+        needs=flow.unavailable,
+    ),
+    "mobilenet_consistency": Metric(
+        "consistency (MobileNetV2)",
+        mobilenet.mobilenet_consistency_per_frame,
+        takes=ALONE,
+        needs=mobilenet.unavailable,
+    ),
+    "rife_smoothness": Metric(
+        "smoothness (RIFE)", rife.rife_smoothness_per_frame, takes=ALONE, needs=rife.unavailable
+    ),
+    "clip_score": Metric(
+        "CLIPScore",
+        clip_score.clip_score_per_frame,
+        takes=("video", "prompt"),
+        needs=clip_score.unavailable,
+    ),
+    "adherence": Metric(
+        "adherence (judge)",
+        compute=judged.judged_adherence,
+        takes=("video", "spec"),
+        needs=judged.unavailable,
+    ),
 }
+"""Name -> metric: with a reference, of a video alone, with what the video should show."""
 
 METRICS: dict[str, Metric] = {name: ALL_METRICS[name] for name in ("psnr", "ssim")}
 
 __all__ = [
     "ALL_METRICS",
-    "ALONE",
     "METRICS",
-    "PAIR",
+    "FrechetDistance",
     "Metric",
     "Unavailable",
     "psnr",

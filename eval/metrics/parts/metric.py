@@ -7,6 +7,7 @@ from torch import Tensor
 
 PAIR = ("video", "reference")
 ALONE = ("video",)
+LATENTS = ("latents", "reference_latents")
 
 
 class Unavailable(RuntimeError):
@@ -17,28 +18,28 @@ def nothing() -> None:
     """What a metric needs that runs wherever torch does."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Metric:
     """A measure of one video, or of one video against another.
 
     title: for tables and labels.
-    higher_is_better: whether a larger value is the better one.
-    unit: for labels; empty for a plain number.
-    takes: the names of its positional arguments, in order (`eval/metrics/__init__.py` says what
-        each is).
-    needs: returns why it cannot run here, or None; it loads nothing and is cheap to call.
     frame_values: `takes` -> one value per frame or pair of frames, float64 `[N]`; None where a
         video has one value only.
     compute: `takes` -> the video's value; None for the mean of `frame_values`.
+    takes: the names of its positional arguments, in order (`eval/metrics/__init__.py` says what
+        each is).
+    higher_is_better: whether a larger value is the better one.
+    unit: for labels; empty for a plain number.
+    needs: returns why it cannot run here, or None; it loads nothing and is cheap to call.
     """
 
     title: str
-    higher_is_better: bool
-    unit: str = ""
-    takes: tuple[str, ...] = PAIR
-    needs: Callable[[], str | None] = nothing
     frame_values: Callable[..., Tensor] | None = None
     compute: Callable[..., float] | None = None
+    takes: tuple[str, ...] = PAIR
+    higher_is_better: bool = True
+    unit: str = ""
+    needs: Callable[[], str | None] = nothing
 
     def __call__(self, *inputs) -> float:
         """The video's value. Raises Unavailable, or ValueError for inputs it cannot measure."""
