@@ -1,4 +1,4 @@
-"""The command line: `vdit-sparse generate | calibrate | methods | doctor`.
+"""The command line: `vdit-sparse generate | calibrate | eval | methods | doctor | bench`.
 
 Only the standard library, typer and rich are imported here, so that `--help` answers at once.
 """
@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from vdit_sparse.app.bench import bench
+from vdit_sparse.app.evaluate_cli import evaluation
 from vdit_sparse.app.terminal import INTERRUPTED, OK, bars, complain, errors, print_json
 
 # Their loading bars, download bars and advice; ours say what is going on.
@@ -22,6 +24,8 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
 }
+# What torchrun tells each of its processes.
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 class OneLineErrors(TyperGroup):
@@ -29,7 +33,9 @@ class OneLineErrors(TyperGroup):
 
     def main(self, args=None, prog_name=None, **options):
         words = list(sys.argv[1:] if args is None else args)
-        options = {**options, "standalone_mode": False, "obj": {"words": words}}
+        torchrun = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+        shared = {"words": words, "torchrun": torchrun}
+        options = {**options, "standalone_mode": False, "obj": shared}
         try:
             code = super().main(args=words, prog_name=prog_name or "vdit-sparse", **options)
         except typer.Abort:
@@ -51,6 +57,8 @@ app = typer.Typer(
     add_completion=False,
     help="Sparse attention for diffusers' video transformers: videos, and what they cost.",
 )
+app.add_typer(bench, name="bench")
+app.add_typer(evaluation, name="eval")
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
