@@ -12,11 +12,10 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
 from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
-from torch import Tensor
 
 from vdit_sparse.call import Origin
 from vdit_sparse.method import SparseAttention
-from vdit_sparse.pipelines.clock import Clock
+from vdit_sparse.pipelines.clock import Clock, Schedule
 from vdit_sparse.pipelines.families import DENOISERS, Family, family_of, preset
 from vdit_sparse.pipelines.hook import Run
 from vdit_sparse.pipelines.processor import SparseAttnProcessor, skipped
@@ -214,9 +213,17 @@ def _set_processor(module: torch.nn.Module, processor: object) -> None:
         module.processor = processor
 
 
-def _schedule_of(target: Target) -> Callable[[], Tensor | None]:
-    """Reads the timesteps off the scheduler, without keeping the pipeline alive."""
+def _schedule_of(target: Target) -> Callable[[], Schedule]:
+    """Reads the scheduler, without keeping the pipeline alive."""
     if isinstance(target, torch.nn.Module):
-        return lambda: None
+        return Schedule
     pipeline = weakref.ref(target)
-    return lambda: getattr(getattr(pipeline(), "scheduler", None), "timesteps", None)
+
+    def schedule() -> Schedule:
+        scheduler = getattr(pipeline(), "scheduler", None)
+        timesteps, index, first = (
+            getattr(scheduler, name, None) for name in ("timesteps", "step_index", "begin_index")
+        )
+        return Schedule(timesteps, index, first or 0)
+
+    return schedule

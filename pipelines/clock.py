@@ -2,11 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from diffusers.hooks.hooks import CacheContext
 from torch import Tensor
 
 from vdit_sparse.grid import Grid
+
+
+class Schedule(NamedTuple):
+    """What a scheduler knows of a run.
+
+    timesteps: of the run, a new tensor for each run; index: place in it of the step in progress,
+    None before the first step and where the scheduler does not count; first: the step that the run
+    begins with, more than 0 where a pipeline skips some (image to image).
+    """
+
+    timesteps: Tensor | None = None
+    index: int | None = None
+    first: int = 0
 
 
 @dataclass
@@ -15,24 +29,24 @@ class Clock:
     a part of them.
 
     Pipelines differ in what they say (diffusers passes the step for Wan T2V only), so the step is
-    the context's, or else counted by changes of the timestep; the branch is the context's name, or
+    the context's, or else counted by changes of the scheduler's index, or else of the timestep
+    (which several steps may share once it is rounded to bf16); the branch is the context's name, or
     else the number of the call within the step. A new run begins when the last one was reset or
     died, when the scheduler has another schedule (a pipeline sets it once a run, and only some
     models are reset), when steps go back, when the timestep rises, or when a branch comes twice at
     a first step.
-
-    schedule_of: () -> the timesteps of the run, or None where nobody knows.
     run: number of the run, 0 before the first; grid: of the last model call.
     """
 
-    schedule_of: Callable[[], Tensor | None] = lambda: None
+    schedule_of: Callable[[], Schedule] = Schedule
     run: int = 0
     step: int = 0
     steps: int | None = None
     grid: Grid | None = None
     _in_call: bool = False
     _timestep: float | None = None
-    _schedule: Tensor | None = None
+    _schedule: Schedule = Schedule()
+    _index: int | None = None
     _ended: bool = True
     _seen: set = field(default_factory=set)
 
@@ -45,7 +59,7 @@ class Clock:
         another schedule, or a call that never came back, ends the run."""
         schedule, former = self.schedule_of(), self._schedule
         known = self.grid and replace(self.grid, text=grid.text)
-        if self._in_call or grid != known or schedule is not former:
+        if self._in_call or grid != known or schedule.timesteps is not former.timesteps:
             self.end()
         self._schedule = schedule
         self.grid = grid
@@ -59,12 +73,12 @@ class Clock:
         if context is not None and context.step_index is not None:
             self._follow(context.step_index, (expert, context.name))
         else:
-            # One device sync a model call. Wan 2.2 TI2V gives every token its own timestep, 0 for
-            # those of the input image: the largest is the step's.
-            self._count(float(timestep.max()), (expert, context.name) if context else None)
+            self._count(timestep, (expert, context.name) if context else None)
         self._in_call = True
         known = context.num_inference_steps if context is not None else None
-        self.steps = known or (None if self._schedule is None else len(self._schedule))
+        timesteps = self._schedule.timesteps
+        left = None if timesteps is None else len(timesteps) - self._schedule.first
+        self.steps = known or left
         branch = context.name if context is not None else f"call {len(self._seen)}"
         self._seen.add((expert, branch))
         return branch
@@ -77,7 +91,18 @@ class Clock:
             self._seen.clear()
         self.step = step
 
-    def _count(self, timestep: float, call: tuple[str, str] | None) -> None:
+    def _count(self, timestep: Tensor, call: tuple[str, str] | None) -> None:
+        index, self._index = self._index, self._schedule.index
+        if self._index is not None and not self._ended:
+            if index != self._index:
+                self.step += 1
+                self._seen.clear()
+            return
+        # One device sync a model call. Wan 2.2 TI2V gives every token its own timestep, 0 for those
+        # of the input image: the largest is the step's.
+        self._compare(float(timestep.max()), call)
+
+    def _compare(self, timestep: float, call: tuple[str, str] | None) -> None:
         previous, self._timestep = self._timestep, timestep
         again = timestep == previous and self.step == 0 and call in self._seen
         if self._ended or previous is None or timestep > previous or again:

@@ -12,6 +12,7 @@ from vdit_sparse.method import SparseAttention
 
 # Transformer class -> module that holds its `FAMILY`; imported on demand.
 FAMILIES = {
+    "HunyuanVideoTransformer3DModel": "vdit_sparse.pipelines.hunyuan_video",
     "WanTransformer3DModel": "vdit_sparse.pipelines.wan",
 }
 # Transformer class -> why it has no sparse attention.

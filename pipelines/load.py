@@ -15,6 +15,8 @@ FEW_STEP = "mini-fast"
 
 # Class in a checkpoint's model_index.json -> ours, imported on demand.
 PIPELINES = {
+    "HunyuanVideoImageToVideoPipeline": "vdit_sparse.pipelines.hunyuan_video",
+    "HunyuanVideoPipeline": "vdit_sparse.pipelines.hunyuan_video",
     "WanImageToVideoPipeline": "vdit_sparse.pipelines.wan",
     "WanPipeline": "vdit_sparse.pipelines.wan",
 }

@@ -15,7 +15,6 @@ from vdit_sparse.pipelines.processor import SparseAttnProcessor
 from vdit_sparse.pipelines.report import Summary
 
 DENSE = RadialAttention(block=64, dense_steps=10_000)
-BATCH = {"prompt": ["a cat", "a white dog runs away"]}
 pytestmark = pytest.mark.filterwarnings("ignore::vdit_sparse.calibration.CalibrationWarning")
 
 
@@ -93,7 +92,7 @@ def test_only_visual_self_attention_is_replaced_and_comes_back(case):
 
 @pytest.mark.parametrize("name", ["radial", "draft", "paro"])
 def test_all_blocks_kept_equals_stock_at_odd_sizes_and_with_unequal_prompts(case, name, tmp_path):
-    changes = {"radial": {}, "draft": case.tiny.odd, "paro": BATCH if case.tiny.batch else {}}[name]
+    changes = {"radial": {}, "draft": case.tiny.odd, "paro": case.tiny.batch}[name]
     stock = case.run(**changes)
     case.run(DENSE, **changes)
     done = summary(case.tiny.pipe)

@@ -29,6 +29,7 @@ CALL = {
     "output_type": "latent",
     "return_dict": False,
 }
+BATCH = {"prompt": ["a cat", "a white dog runs away"]}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Tiny:
     call: arguments for a sequence of some blocks of 64 tokens and 2 steps; its prompt is one.
     odd: changed arguments for another size, one that no block divides.
     tolerance: largest difference in latents between stock attention and all blocks kept.
-    batch: whether a list of two prompts of unequal length may be given.
+    batch: changed arguments for two prompts of unequal length in one batch.
     refused: which of METHODS cannot run -> words of the reason.
     """
 
@@ -46,7 +47,7 @@ class Tiny:
     call: Mapping[str, object]
     odd: Mapping[str, object]
     tolerance: float = 2e-5
-    batch: bool = True
+    batch: Mapping[str, object] = field(default_factory=lambda: BATCH)
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
