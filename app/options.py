@@ -91,7 +91,7 @@ def parse_run(
     return RunChoice(name, with_settings(name, METHODS[name], settings))
 
 
-def parse_compare(text: str) -> RunChoice:
+def parse_compare(text: str, option: str = "--compare") -> RunChoice:
     """The run of `--compare dense`, `METHOD`, `PRESET` or `METHOD:field=value,field=value`."""
     name, _, fields = text.partition(":")
     settings = re.split(r",(?=\w+=)", fields) if fields else []
@@ -101,7 +101,7 @@ def parse_compare(text: str) -> RunChoice:
         return parse_run(None, settings, preset=name)
     names = [DENSE, *METHODS, *all_presets()]
     raise InputError(
-        f"--compare needs a method or preset, got {name!r}{hint(name, names)}; there are: "
+        f"{option} needs a method or preset, got {name!r}{hint(name, names)}; there are: "
         f"{', '.join(names)}."
     )
 

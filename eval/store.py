@@ -25,8 +25,8 @@ from torch import Tensor
 from vdit_sparse.eval.files import new_file
 
 PROTOCOL = "protocol.json"
-# What may differ among samples that are compared: what was tried to find the baseline.
-_TOLD_ONLY = ("baseline.seconds", "baseline.reasons")
+# What may differ among samples that are compared: what was tried, and why not.
+_TOLD_ONLY = ("baseline.seconds", "baseline.reasons", "left_out")
 
 
 class StoreError(ValueError):
