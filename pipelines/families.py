@@ -12,7 +12,10 @@ from vdit_sparse.method import SparseAttention
 
 # Transformer class -> module that holds its `FAMILY`; imported on demand.
 FAMILIES = {
+    "CogVideoXTransformer3DModel": "vdit_sparse.pipelines.cogvideox",
+    "FluxTransformer2DModel": "vdit_sparse.pipelines.flux",
     "HunyuanVideoTransformer3DModel": "vdit_sparse.pipelines.hunyuan_video",
+    "MochiTransformer3DModel": "vdit_sparse.pipelines.mochi",
     "WanTransformer3DModel": "vdit_sparse.pipelines.wan",
 }
 # Transformer class -> why it has no sparse attention.

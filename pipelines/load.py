@@ -15,8 +15,15 @@ FEW_STEP = "mini-fast"
 
 # Class in a checkpoint's model_index.json -> ours, imported on demand.
 PIPELINES = {
+    "CogVideoXImageToVideoPipeline": "vdit_sparse.pipelines.cogvideox",
+    "CogVideoXPipeline": "vdit_sparse.pipelines.cogvideox",
+    "CogVideoXVideoToVideoPipeline": "vdit_sparse.pipelines.cogvideox",
+    "FluxFillPipeline": "vdit_sparse.pipelines.flux",
+    "FluxKontextPipeline": "vdit_sparse.pipelines.flux",
+    "FluxPipeline": "vdit_sparse.pipelines.flux",
     "HunyuanVideoImageToVideoPipeline": "vdit_sparse.pipelines.hunyuan_video",
     "HunyuanVideoPipeline": "vdit_sparse.pipelines.hunyuan_video",
+    "MochiPipeline": "vdit_sparse.pipelines.mochi",
     "WanImageToVideoPipeline": "vdit_sparse.pipelines.wan",
     "WanPipeline": "vdit_sparse.pipelines.wan",
 }

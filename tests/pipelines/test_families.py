@@ -9,12 +9,12 @@ from diffusers import DiffusionPipeline
 from tests.pipelines.family_cases import method_for
 from tests.tiny_models.catalogue import TINY
 from tests.tiny_models.parts import Tiny
-from vdit_sparse import METHODS, RadialAttention, apply, load_pipeline, remove, summary
+from vdit_sparse import METHODS, AdaSpaAttention, apply, load_pipeline, remove, summary
 from vdit_sparse.pipelines.families import DENOISERS, family_of
 from vdit_sparse.pipelines.processor import SparseAttnProcessor
 from vdit_sparse.pipelines.report import Summary
 
-DENSE = RadialAttention(block=64, dense_steps=10_000)
+DENSE = AdaSpaAttention(dense_steps=10_000)
 pytestmark = pytest.mark.filterwarnings("ignore::vdit_sparse.calibration.CalibrationWarning")
 
 
@@ -92,6 +92,8 @@ def test_only_visual_self_attention_is_replaced_and_comes_back(case):
 
 @pytest.mark.parametrize("name", ["radial", "draft", "paro"])
 def test_all_blocks_kept_equals_stock_at_odd_sizes_and_with_unequal_prompts(case, name, tmp_path):
+    if name in case.tiny.refused:
+        pytest.skip(f"{name} does not run on it: {case.tiny.refused[name]}")
     changes = {"radial": {}, "draft": case.tiny.odd, "paro": case.tiny.batch}[name]
     stock = case.run(**changes)
     case.run(DENSE, **changes)
