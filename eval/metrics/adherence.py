@@ -4,9 +4,7 @@ from functools import cache
 
 from torch import Tensor
 
-from vdit_sparse.eval.judge import FOLDER, Judge, load_judge
 from vdit_sparse.pipelines.mini.training.captions import Spec
-from vdit_sparse.pipelines.mini.training.judge import CONFIG, WEIGHTS
 from vdit_sparse.pipelines.mini.training.judge_labels import CLIP_KINDS, ITEM_KINDS, labels, score
 
 
@@ -26,6 +24,9 @@ def judged_adherence(video: Tensor, spec: Spec) -> float:
 
 
 def unavailable() -> str | None:
+    from vdit_sparse.eval.judge import FOLDER
+    from vdit_sparse.pipelines.mini.training.judge import CONFIG, WEIGHTS
+
     if all((FOLDER / name).is_file() for name in (CONFIG, WEIGHTS)):
         return None
     return (
@@ -35,5 +36,8 @@ def unavailable() -> str | None:
 
 
 @cache
-def _judge() -> Judge:
+def _judge():
+    # Imported late: it imports diffusers, which the other metrics do without.
+    from vdit_sparse.eval.judge import load_judge
+
     return load_judge()

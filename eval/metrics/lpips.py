@@ -104,7 +104,8 @@ def _heads_file(trunk: str) -> Path | None:
 @cache
 def _weights(trunk: Path, heads: Path, device: torch.device) -> dict[str, Tensor]:
     parts = (torch.load(file, map_location=device, weights_only=True) for file in (trunk, heads))
-    return {name: tensor for part in parts for name, tensor in part.items() if "cl" not in name}
+    needed = ("features.", "lin")
+    return {name: x for part in parts for name, x in part.items() if name.startswith(needed)}
 
 
 def _features(weights: dict[str, Tensor], trunk: str, frames: Tensor) -> list[Tensor]:

@@ -20,7 +20,7 @@ def vmaf_per_frame(video: Tensor, reference: Tensor) -> Tensor:
     video, reference: RGB `[T, 3, H, W]`, uint8, or float in [0, 1], sides of at least 32 pixels;
     ValueError if they differ in shape or are no such videos.
     """
-    log = compared(video, reference, f"libvmaf=log_fmt=json:log_path={LOG}", SMALLEST)
+    log = compared(video, reference, f"[a][b]libvmaf=log_fmt=json:log_path={LOG}", SMALLEST)
     frames = json.loads(log)["frames"]
     return torch.tensor([each["metrics"]["vmaf"] for each in frames], dtype=torch.float64)
 

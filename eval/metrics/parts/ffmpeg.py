@@ -24,19 +24,19 @@ def compared(video: Tensor, reference: Tensor, filter_and_options: str, smallest
     player's file of them would be; no codec touches them.
 
     video, reference: RGB `[T, 3, H, W]`, uint8 or float in [0, 1], sides of at least `smallest`
-    pixels. Raises ValueError if they differ in shape or are no such videos, RuntimeError with
-    ffmpeg's last line if it fails.
+    pixels; filter_and_options: "[a][b]name=...", `a` being the video and `b` the reference, for
+    filters differ in their order. Raises ValueError if the videos differ in shape or are no such
+    videos, RuntimeError with ffmpeg's last line if it fails.
     """
     pair = rgb(levels(video, reference)), rgb(levels(reference, video))
     height, width = video.shape[-2:]
     if min(height, width) < smallest:
-        name = filter_and_options.split("=")[0]
         raise ValueError(
-            f"{name} needs frames of at least {smallest} x {smallest} pixels, got "
-            f"{height} x {width}."
+            f"Expected frames of at least {smallest} x {smallest} pixels for ffmpeg's "
+            f"{filter_and_options[6:].split('=')[0]}, got {height} x {width}."
         )
     same = "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p"
-    graph = f"[0:v]{same}[a];[1:v]{same}[b];[a][b]{filter_and_options}"
+    graph = f"[0:v]{same}[a];[1:v]{same}[b];{filter_and_options}"
     raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(FPS)]
     with TemporaryDirectory() as folder:
         for name, frames in zip("ab", pair, strict=True):
