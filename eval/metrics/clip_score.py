@@ -9,6 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from vdit_sparse.eval.frames import levels
+from vdit_sparse.eval.metrics.parts.batches import exact
 from vdit_sparse.eval.metrics.parts.colour import rgb
 from vdit_sparse.eval.metrics.parts.sources import module_missing
 
@@ -17,7 +18,7 @@ _NEEDED = ("config.json", "preprocessor_config.json", "vocab.json", "merges.txt"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-@torch.no_grad()
+@exact()
 def clip_score_per_frame(video: Tensor, prompt: str) -> Tensor:
     """100 max(cos, 0) of CLIP's features of each frame and the prompt: float64 `[T]`.
 

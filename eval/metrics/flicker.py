@@ -1,5 +1,7 @@
 """Temporal flickering as VBench counts it, and how it and the motion differ from a reference's."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,8 @@ def temporal_flickering_per_pair(video: Tensor) -> Tensor:
 
     video: `[T, C, H, W]`, uint8, or float in [0, 1], of at least two frames; else ValueError.
     """
-    return 1 - _changes(levels(video, video)).abs().flatten(1).mean(1) / PEAK
+    changes = _changes(levels(video, video))
+    return 1 - torch.stack([change.abs().double().mean() for change in changes]) / PEAK
 
 
 def flicker_difference_per_pair(video: Tensor, reference: Tensor) -> Tensor:
@@ -37,13 +40,16 @@ def motion_difference_per_pair(video: Tensor, reference: Tensor) -> Tensor:
 
     video, reference: `[T, C, H, W]` as in `temporal_flickering_per_pair`, of one shape.
     """
-    pair = levels(video, reference), levels(reference, video)
-    of_video, of_reference = (_changes(each) for each in pair)
-    return (of_video - of_reference).abs().flatten(1).mean(1)
+    changes = _changes(levels(video, reference)), _changes(levels(reference, video))
+    pairs = zip(*changes, strict=True)
+    return torch.stack([(change - other).abs().double().mean() for change, other in pairs])
 
 
-def _changes(frames: Tensor) -> Tensor:
-    """Differences of neighbouring 8-bit frames, float64 `[T - 1, C, H, W]`."""
+def _changes(frames: Tensor) -> Iterator[Tensor]:
+    """The difference of each 8-bit frame and the one before, int16 `[C, H, W]`."""
     if len(frames) < 2:
         raise ValueError("Expected at least two frames, got one: a still has no motion.")
-    return torch.diff(frames.double(), dim=0)
+    return (
+        after.short() - before.short()
+        for before, after in zip(frames[:-1], frames[1:], strict=True)
+    )

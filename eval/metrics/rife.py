@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vdit_sparse.eval.frames import PEAK, levels
-from vdit_sparse.eval.metrics.parts.batches import unit
+from vdit_sparse.eval.metrics.parts.batches import exact, unit
 from vdit_sparse.eval.metrics.parts.colour import rgb
 from vdit_sparse.eval.metrics.parts.sources import missing, package_file
 
@@ -19,7 +19,7 @@ _LARGE = 32
 _MULTIPLE = 64
 
 
-@torch.no_grad()
+@exact()
 def rife_smoothness_per_frame(video: Tensor) -> Tensor:
     """1 - mean |frame - RIFE's guess of it| / 255, of every second frame: float64 `[(T - 1) // 2]`.
 

@@ -1,9 +1,10 @@
 """Sharpness of a video's frames: the variance of their Laplacian."""
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vdit_sparse.eval.frames import levels
+from vdit_sparse.eval.metrics.parts.batches import over_frames
 from vdit_sparse.eval.metrics.parts.colour import luma
 
 
@@ -17,12 +18,17 @@ def sharpness_per_frame(video: Tensor) -> Tensor:
     video: `[T, C, H, W]`, C = 1 or 3 (RGB), uint8, or float in [0, 1], of at least 2 x 2 pixels;
     else ValueError.
     """
-    grey = luma(levels(video, video))
-    if min(grey.shape[-2:]) < 2:
+    frames = levels(video, video)
+    if min(frames.shape[-2:]) < 2:
         raise ValueError(
-            f"Sharpness needs frames of at least 2 x 2 pixels, got {tuple(grey.shape[-2:])}."
+            f"Sharpness needs frames of at least 2 x 2 pixels, got {tuple(frames.shape[-2:])}."
         )
-    padded = torch.nn.functional.pad(grey[:, None], (1, 1, 1, 1), mode="reflect")[:, 0]
+    return over_frames(_of_frames, frames)
+
+
+def _of_frames(frames: Tensor) -> Tensor:
+    grey = luma(frames)
+    padded = F.pad(grey[:, None], (1, 1, 1, 1), mode="reflect")[:, 0]
     across = padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
     along = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1]
     return (across + along - 4 * grey).flatten(1).var(1, correction=0)

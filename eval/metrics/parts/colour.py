@@ -14,9 +14,9 @@ def luma(frames: Tensor) -> Tensor:
     """
     if frames.shape[1] == 1:
         return frames[:, 0].double()
-    return torch.tensordot(
-        rgb(frames).double(), frames.new_tensor(WEIGHTS, dtype=torch.double), dims=([1], [0])
-    )
+    weights = frames.new_tensor(WEIGHTS, dtype=torch.float64)
+    # Frame by frame: in float64 the three channels of a whole clip are gigabytes.
+    return torch.stack([torch.einsum("c,chw->hw", weights, each.double()) for each in rgb(frames)])
 
 
 def rgb(frames: Tensor) -> Tensor:

@@ -55,22 +55,22 @@ def test_a_metric_of_the_whole_video_has_one_value_a_frame_would_have():
 
 
 @pytest.mark.parametrize("name", PAIRED)
-def test_equal_videos_are_best_and_noise_is_worse(name):
-    metric, video = runnable(name), made(3, 176, 192)
+def test_equal_videos_are_best_and_noise_is_worse(name, device):
+    metric, video = runnable(name), made(2, 176, 192).to(device)
     best = metric(video, video)
     assert best == pytest.approx(BEST.get(name, 0), abs=3 if name == "vmaf" else 1e-6)
     values = [best]
     for deviation in (4, 40):
         torch.manual_seed(1)
-        values.append(metric(noisy(video, deviation), video))
+        values.append(metric(noisy(video.cpu(), deviation).to(device), video))
     assert values == sorted(values, reverse=metric.higher_is_better)
     assert len(set(values)) == 3
 
 
 @pytest.mark.parametrize("name", [*PAIRED, *OF_ONE])
-def test_values_are_those_of_the_frames_and_of_eight_bits(name):
+def test_values_are_those_of_the_frames_and_of_eight_bits(name, device):
     metric = runnable(name)
-    clips = [made(3, 192, 192), made(3, 192, 192)][: len(metric.takes)]
+    clips = [made(3, 192, 192).to(device) for _ in metric.takes]
     values = metric.per_frame(*clips)
     assert values.dtype == torch.float64 and values.ndim == 1 and values.device.type == "cpu"
     assert len(values) in (1, 2, 3) and values.isfinite().all()
