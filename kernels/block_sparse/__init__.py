@@ -2,7 +2,8 @@
 
     out, lse = block_sparse_attention(q, k, v, mask)
 
-`reference.py` is the specification, `gather.py` the path of CPU and MPS, `triton.py` that of GPUs.
+`reference.py` is the specification, `gather.py` the path of CPU and MPS, `triton.py` that of GPUs,
+`hopper/` that of NVIDIA Hopper.
 A backend is a file with `supports(...) -> reason | None` and `forward(...)`, and a line in
 `BACKENDS`.
 """
@@ -25,6 +26,7 @@ __all__ = ["BACKENDS", "PRECISIONS", "block_sparse_attention", "choose_backend",
 
 # In the order of preference when none is asked for; the reference is never chosen by itself.
 BACKENDS = {
+    "hopper": "vdit_sparse.kernels.block_sparse.hopper",
     "triton": "vdit_sparse.kernels.block_sparse.triton",
     "gather": "vdit_sparse.kernels.block_sparse.gather",
     "reference": "vdit_sparse.kernels.block_sparse.reference",
@@ -89,14 +91,19 @@ def explain(
 def choose_backend(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, precision: str = "bf16"
 ) -> str:
-    """The backend of a call that names none: Triton on a GPU if it takes the call, else gather.
+    """The backend of a call that names none: on a GPU Hopper's kernel, else Triton, if they take
+    the call; else gather.
 
     gather knows "bf16" only: on a GPU the other precisions always go to Triton, whose reason
     against a call is the one that helps.
     """
-    if q.device.type == "cuda" and precision != "bf16":
-        return "triton"
-    return backends.default(BACKENDS, q, k, v, mask, precision)
+    call = (q, k, v, mask, precision)
+    if q.device.type != "cuda":
+        return "gather"
+    for name in ("hopper", "triton"):
+        if backends.why_not(BACKENDS, name, *call) is None:
+            return name
+    return "gather" if precision == "bf16" else "triton"
 
 
 @torch.library.custom_op("vdit_sparse::block_sparse_attention", mutates_args=())

@@ -96,7 +96,12 @@ def smooth_quantize(
 
 
 def quantize_values(
-    v: Tensor, block_k: int, *, real: Tensor | None = None, backend: str | None = None
+    v: Tensor,
+    block_k: int,
+    *,
+    real: Tensor | None = None,
+    permuted: bool = False,
+    backend: str | None = None,
 ) -> Quantized:
     """v in fp8 e4m3 (OCP, largest number 448), one scale per (batch, head, channel).
 
@@ -104,11 +109,14 @@ def quantize_values(
     `[B, H, D, blocks * block_k]`, channels as rows since 8-bit matrix instructions want the keys
     next to each other, zero in the slots past the end and in masked ones; scale `[B, H, D]`, amax
     over the real keys / 448, as in SageAttention2 (arXiv 2411.10958). Rounds to nearest even.
+    permuted: key 8j + 2t + e of each 16 (j, e of 2, t of 4) lies at 4t + 2j + e: the order in which
+    a Hopper thread's scores become its part of an 8-bit operand without a shuffle, as in
+    SageAttention2.
     """
     _check(v, "v", block_k)
     real = _checked_real(v, real)
     module = choose(BACKENDS, backend, v, torch.float8_e4m3fn)
-    return module.quantize_channels(v, block_k, real)
+    return module.quantize_channels(v, block_k, real, permuted)
 
 
 def _check(x: Tensor, name: str, block: int) -> None:

@@ -37,12 +37,16 @@ def quantize_keys(k: Tensor, block: int, mean: Tensor, real: Tensor | None) -> Q
     return _quantize_blocks(k if real is None else _real_only(k, real), block)
 
 
-def quantize_channels(v: Tensor, block: int, real: Tensor | None) -> Quantized:
+def quantize_channels(
+    v: Tensor, block: int, real: Tensor | None, permuted: bool = False
+) -> Quantized:
     """See `quantize_values`."""
     v = v.float() if real is None else _real_only(v, real)
     scale = scale_of(v.abs().amax(2), E4M3_LARGEST)
     levels = (v / scale[:, :, None]).clamp(-E4M3_LARGEST, E4M3_LARGEST)
     values = _whole_blocks(levels, block).transpose(2, 3).to(torch.float8_e4m3fn)
+    if permuted:
+        values = values.unflatten(3, (-1, 2, 4, 2)).transpose(4, 5).flatten(3)
     return Quantized(values.contiguous(), scale)
 
 

@@ -85,9 +85,11 @@ def quantize_rows(
 @triton.jit
 def quantize_columns(
     x_ptr, real_ptr, scale_ptr, values_ptr, x_b, x_h, x_s, real_b, H, N,
-    LARGEST: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+    LARGEST: tl.constexpr, PERMUTED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """fp8 e4m3 of ROWS tokens with the scales given, stored with channels as rows."""
+    """fp8 e4m3 of ROWS tokens with the scales given, stored with channels as rows; PERMUTED: see
+    `quantize_values`."""
     x, _ = _load_real(x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD, ROWS)
     columns = tl.arange(0, BD)
     head = tl.program_id(1).to(tl.int64)
@@ -95,6 +97,8 @@ def quantize_columns(
     levels = tl.math.div_rn(x, tl.zeros_like(x) + scale[None, :])
     levels = tl.minimum(tl.maximum(levels, -LARGEST * 1.0), LARGEST * 1.0)
     slots = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    if PERMUTED:
+        slots = slots // 16 * 16 + slots % 8 // 2 * 4 + slots % 16 // 8 * 2 + slots % 2
     channels = (head * D + columns) * (tl.num_programs(0) * ROWS)
     pointers = values_ptr + channels[None, :] + slots[:, None]
     tl.store(pointers, levels.to(tl.float8e4nv), mask=(columns < D)[None, :])
@@ -127,7 +131,9 @@ def quantize_keys(k: Tensor, block: int, mean: Tensor, real: Tensor | None) -> Q
     return _rows(k, block, mean, real, None)
 
 
-def quantize_channels(v: Tensor, block: int, real: Tensor | None) -> Quantized:
+def quantize_channels(
+    v: Tensor, block: int, real: Tensor | None, permuted: bool = False
+) -> Quantized:
     """See `quantize_values`."""
     B, H, N, D = v.shape
     scale = scale_of(_statistics(v, real, largest=True).amax(2), E4M3_LARGEST)
@@ -136,7 +142,7 @@ def quantize_channels(v: Tensor, block: int, real: Tensor | None) -> Quantized:
     with torch.cuda.device_of(v):
         quantize_columns[(slots // rows, B * H)](
             v, real, scale, values, *v.stride()[:3], _batch_stride(real), H, N,
-            LARGEST=E4M3_LARGEST, **_shape(D, rows),
+            LARGEST=E4M3_LARGEST, PERMUTED=permuted, **_shape(D, rows),
         )  # fmt: skip
     return Quantized(values, scale)
 

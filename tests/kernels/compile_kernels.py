@@ -172,6 +172,7 @@ def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
         "ROWS": tile.rows,
         "LARGEST": 448 if variant.kernel == "values" else 127,
         "RAGGED": variant.ends != "whole",
+        "PERMUTED": True,
         "PRECISION": "ieee" if variant.dtype == "fp32" else "tf32",
     }
     if variant.ends != "kv_len":

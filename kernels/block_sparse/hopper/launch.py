@@ -1,0 +1,104 @@
+"""Launching the Hopper kernel: quantisation where asked, descriptors, the grid."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from vdit_sparse.kernels.block_mask import BlockMask
+from vdit_sparse.kernels.block_sparse.hopper.kernel import hopper_forward
+from vdit_sparse.kernels.block_sparse.hopper.variants import Variant
+from vdit_sparse.kernels.block_sparse.layout import empty_outputs, head_strides, real_keys
+from vdit_sparse.kernels.quant import quantize_values, smooth_quantize
+from vdit_sparse.kernels.triton_ops import shared_strides
+
+NUMBERS = {
+    torch.float16: gl.float16,
+    torch.bfloat16: gl.bfloat16,
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    scale: float,
+    kv_len: Tensor | None,
+    precision: str,
+    variant: Variant,
+) -> tuple[Tensor, Tensor]:
+    """See `block_sparse_attention`, with a given form of the kernel (for the benchmark and the
+    tests)."""
+    out, lse = empty_outputs(q)
+    inputs = quantized(q, k, v, mask, kv_len, precision)
+    attend(inputs, out, lse, mask, scale, kv_len, variant, k.shape[2])
+    return out, lse
+
+
+def quantized(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, kv_len: Tensor | None, precision: str
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """What the kernel multiplies, and the scales of q, k and v and the shift of the scores."""
+    if precision == "bf16":
+        return (q, k, v), (None, None, None, None)
+    keys = k.shape[2]
+    real = real_keys(keys, mask.nk, mask.block_k, mask.valid, kv_len)
+    real = None if real is None else real[:, :keys]
+    pair = smooth_quantize(q, k, mask.block_q, mask.block_k, real=real)
+    value_scale = None
+    if precision == "int8_fp8":
+        values = quantize_values(v, mask.block_k, real=real, permuted=True)
+        v, value_scale = values.values, values.scale
+    return (pair.q.values, pair.k.values, v), (pair.q.scale, pair.k.scale, value_scale, pair.shift)
+
+
+def attend(
+    inputs: tuple, out: Tensor, lse: Tensor, mask: BlockMask, scale: float, kv_len: Tensor | None,
+    variant: Variant, keys: int,
+) -> None:  # fmt: skip
+    """Attention of what `quantized` gives into out and lse."""
+    (q, k, v), scales = inputs
+    B, H, S, D = out.shape
+    transposed = v.dtype == torch.float8_e4m3fn
+    tiles = B * H * -(-S // variant.rows)
+    programs = tiles
+    if variant.persistent:
+        programs = min(tiles, variant.programs * multiprocessors(q.device))
+    idx = mask.idx if mask.idx.stride(-1) == 1 else mask.idx.contiguous()
+    order = longest_first(mask, (B, H), variant) if variant.longest_first else None
+    with torch.cuda.device_of(q):
+        hopper_forward[(programs,)](
+            descriptor(q, 64, D), descriptor(k, variant.keys, D),
+            descriptor(v, *((D, variant.keys) if transposed else (variant.keys, D))),
+            descriptor(out, 64, D), *scales, lse, idx, mask.cnt, mask.valid, kv_len, order,
+            *shared_strides(idx), *shared_strides(mask.cnt), H, S, keys, mask.nk, tiles, scale,
+            D=D, BLOCK_Q=mask.block_q, BLOCK_K=mask.block_k,
+            **variant.constants, **variant.options,
+        )  # fmt: skip
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of x `[B, H, ., .]` for tiles of `rows` x `columns`; it reads zeros past the end
+    of a head and writes nothing there."""
+    shape = [1, 1, rows, columns]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, NUMBERS[x.dtype])
+    return TensorDescriptor(x, list(x.shape), [*head_strides(x), 1], shape, layout)
+
+
+def longest_first(mask: BlockMask, heads: tuple[int, int], variant: Variant) -> Tensor:
+    """Tile numbers, int32 `[tiles]`: in each head by falling number of key blocks."""
+    rows = mask.cnt.expand(*heads, mask.nq).flatten(0, 1)
+    # Tile 0 of a head is its last one.
+    order = rows.flip(1).argsort(dim=1, descending=True, stable=True)
+    first = torch.arange(len(rows), device=rows.device)[:, None] * mask.nq
+    return (order + first).int().flatten()
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

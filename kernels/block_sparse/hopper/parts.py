@@ -1,0 +1,186 @@
+"""Pieces of the Hopper kernel: where a tile's list is, and the online softmax."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+LOG2_448 = gl.constexpr(8.807354922057604)  # of the largest number of e4m3
+GROWTH = gl.constexpr(8.0)  # log2 of how far a stale maximum may be exceeded
+# Three of four exponentials in the special function unit, the fourth on the FMA units: 2^x is
+# 2^round(x) times a cubic in the rest, of relative error below 1e-4 (FlashAttention-4's trick).
+THREE_OF_FOUR = gl.constexpr("""
+{
+.reg .f32 c, r, f, y;
+.reg .b32 n, bits;
+ex2.approx.ftz.f32 $0, $4;
+ex2.approx.ftz.f32 $1, $5;
+ex2.approx.ftz.f32 $2, $6;
+max.f32 c, $7, 0fC2FC0000;
+add.rn.f32 r, c, 0f4B400000;
+sub.rn.f32 f, r, 0f4B400000;
+sub.rn.f32 f, c, f;
+fma.rn.f32 y, f, 0f3D61FBB0, 0f3E786F0D;
+fma.rn.f32 y, y, f, 0f3F31798D;
+fma.rn.f32 y, y, f, 0f3F7FFB49;
+mov.b32 n, r;
+shl.b32 n, n, 23;
+mov.b32 bits, y;
+add.s32 bits, bits, n;
+mov.b32 $3, bits;
+}
+""")
+
+
+@gluon.jit
+def advance(slot, phase, STAGES: gl.constexpr):
+    """The next place in a ring, and the parity of its barriers."""
+    slot += 1
+    wrapped = slot == STAGES
+    return gl.where(wrapped, 0, slot), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def block_at(list_ptr, position, full):
+    """The key block at this position of a list; 0 before its start."""
+    listed = gl.load(list_ptr + position, mask=(position >= 0) & (not full), other=0)
+    return gl.where(full, gl.maximum(position, 0), listed)
+
+
+@gluon.jit
+def step_at(list_ptr, step, full, BLOCK_K: gl.constexpr, BN: gl.constexpr):
+    """Key block and first key of a step, which takes BN keys; the last step comes first."""
+    PARTS: gl.constexpr = BLOCK_K // BN
+    block = block_at(list_ptr, (step + PARTS) // PARTS - 1, full)
+    return block, block * BLOCK_K + (step + PARTS) % PARTS * BN
+
+
+@gluon.jit
+def tile_of(
+    t, lists, strides, sizes,
+    ROWS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    """Batch row, head and first query of tile `t`; its list, how many steps of BN keys have real
+    ones, whether it is the whole row; and the real keys of the batch row."""
+    idx_ptr, cnt_ptr, kv_len_ptr, order_ptr = lists
+    idx_b, idx_h, idx_q, cnt_b, cnt_h, cnt_q = strides
+    H, S, keys, nk = sizes
+    if order_ptr is not None:
+        t = gl.load(order_ptr + t)
+    tiles = (S + ROWS - 1) // ROWS
+    # Head-major, so that a head's keys stay in L2; last rows first, for the dense rows of text.
+    head = t // tiles
+    m0 = (tiles - 1 - t % tiles) * ROWS
+    b, h = head // H, head % H
+    b64, h64, row = b.to(gl.int64), h.to(gl.int64), (m0 // BLOCK_Q).to(gl.int64)
+    list_ptr = idx_ptr + b64 * idx_b + h64 * idx_h + row * idx_q
+    n = gl.load(cnt_ptr + b64 * cnt_b + h64 * cnt_h + row * cnt_q)
+    full = n == nk
+    length = keys
+    if kv_len_ptr is not None:
+        length = gl.minimum(keys, gl.maximum(gl.load(kv_len_ptr + b), 0))
+        limit = (length + BLOCK_K - 1) // BLOCK_K
+        n = gl.where(full, gl.minimum(n, limit), n)
+        while (n > 0) & (block_at(list_ptr, n - 1, full) >= limit):
+            n -= 1
+    steps = n * (BLOCK_K // BN)
+    if BN < BLOCK_K:
+        # Of the block that straddles the end, without the steps that lie behind it.
+        real = gl.minimum(length - block_at(list_ptr, n - 1, full) * BLOCK_K, BLOCK_K)
+        steps -= gl.where(n > 0, (BLOCK_K - real) // BN, 0)
+    return b, h, m0, list_ptr, steps, full, length
+
+
+@gluon.jit
+def real_in_step(block, start, steps, length, valid_ptr, BLOCK_K: gl.constexpr, BN: gl.constexpr):
+    """How many of the BN keys from `start` on are real; none in an empty list."""
+    end = length
+    if valid_ptr is not None:
+        end = gl.minimum(end, block * BLOCK_K + gl.load(valid_ptr + block))
+    return gl.where(steps > 0, gl.maximum(gl.minimum(end - start, BN), 0), 0)
+
+
+@gluon.jit
+def zero_from(tile, real, KEYS: gl.constexpr, D: gl.constexpr):
+    """Rows from `real` on of a tile in shared memory become zero: 0 * nan is nan.
+
+    Both consumers do it, writing the same zeros.
+    """
+    CHUNK: gl.constexpr = 16
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    if real < KEYS:
+        for i in gl.static_range(KEYS // CHUNK):
+            if real < (i + 1) * CHUNK:
+                part = tile.slice(i * CHUNK, CHUNK)
+                rows = i * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
+                part.store(gl.where((rows < real)[:, None], part.load(layout), 0.0))
+        fence_async_shared()
+        gl.thread_barrier()
+
+
+@gluon.jit
+def scores_of(products):
+    """fp32 of a tile of products. Integers are below 2^22, which 127^2 * D is for D <= 256: their
+    bits are added to those of 1.5 * 2^23, cheaper than a conversion, which shares its unit with the
+    exponentials."""
+    if products.dtype == gl.int32:
+        scores = (products + 0x4B400000).to(gl.float32, bitcast=True) - 12582912.0
+    else:
+        scores = products
+    return scores
+
+
+@gluon.jit
+def masked(scores, real, layout: gl.constexpr, KEYS: gl.constexpr):
+    """-inf from column `real` on."""
+    if real < KEYS:
+        columns = gl.arange(0, KEYS, gl.SliceLayout(0, layout))
+        scores = gl.where((columns < real)[None, :], scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def finite(peak, GUARD: gl.constexpr):
+    """`peak`, or 0 for a row that has seen masked keys only: -inf - -inf is nan."""
+    if GUARD:
+        peak = gl.where(peak == float("-inf"), 0.0, peak)
+    return peak
+
+
+@gluon.jit
+def exp2_of(x, EMULATE: gl.constexpr):
+    """2^x."""
+    if EMULATE:
+        p = gl.inline_asm_elementwise(
+            THREE_OF_FOUR, "=f,=f,=f,=f,f,f,f,f", [x], gl.float32, is_pure=True, pack=4
+        )
+    else:
+        p = gl.exp2(x)
+    return p
+
+
+@gluon.jit
+def peak_of(scores, factor, FP8: gl.constexpr):
+    """Largest score of each row in log2 units; in fp8 low by log2(448), which makes the weights,
+    and their sum, larger by 448."""
+    peak = gl.max(scores, 1) * factor
+    if FP8:
+        peak -= LOG2_448
+    return peak
+
+
+@gluon.jit
+def weights_of(scores, factor, shift, P: gl.constexpr, number: gl.constexpr,
+               EMULATE: gl.constexpr):  # fmt: skip
+    """exp2(factor * scores - shift) as an operand of the next product, and the sums of rows.
+
+    A thread has columns 2t, 2t + 1 of each 8, but of an 8-bit operand four neighbours of each 16:
+    with the keys of each 16 in another order, which the values have too, they are the same.
+    """
+    p = exp2_of(scores * factor - shift[:, None], EMULATE)
+    total = gl.sum(p, 1)
+    p = p.to(number)
+    if number == gl.float8e4nv:
+        KEYS: gl.constexpr = p.shape[1]
+        groups = p.reshape([p.shape[0], KEYS // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4))
+        p = groups.reshape([p.shape[0], KEYS])
+    return gl.convert_layout(p, P), total

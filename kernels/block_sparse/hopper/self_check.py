@@ -1,0 +1,100 @@
+"""The Hopper kernel against the reference, once per process and kind of call, before it is used."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import TritonError
+
+from vdit_sparse.kernels.block_mask import BlockMask
+from vdit_sparse.kernels.block_sparse.hopper.launch import launch
+from vdit_sparse.kernels.block_sparse.hopper.variants import variant_for
+from vdit_sparse.kernels.block_sparse.reference import forward as reference_forward
+
+# Relative L2 error against exact attention on normal data: rounding alone makes 2.3e-3, 1.3e-2 and
+# 3.7e-2 of it.
+LARGEST_ERROR = {"bf16": 7e-3, "int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
+LARGEST_LSE_ERROR = {"bf16": 1e-3, "int8_bf16": 0.05, "int8_fp8": 0.05}
+TOKENS = 300  # queries and keys: three blocks of 128 or five of 64, the last one ragged
+
+
+def why_distrusted(
+    device: torch.device,
+    dtype: torch.dtype,
+    D: int,
+    blocks: tuple[int, int],
+    precision: str,
+    valid: bool,
+) -> str | None:
+    """Why the kernel may not be used for such calls, None if it computed one correctly.
+
+    Compiling and comparing are no work for a graph capture: there a kind of call that was not seen
+    before is refused.
+    """
+    kind = (device, dtype, D, blocks, precision, valid)
+    if kind not in _seen and torch.cuda.is_current_stream_capturing():
+        return "its self-check cannot run in a graph capture; make one such call before capturing"
+    _seen.add(kind)
+    return _check(*kind)
+
+
+_seen = set()
+
+
+@cache
+def _check(
+    device: torch.device,
+    dtype: torch.dtype,
+    D: int,
+    blocks: tuple[int, int],
+    precision: str,
+    valid: bool,
+) -> str | None:
+    q, k, v, mask = problem(device, dtype, D, blocks, valid)
+    variant = variant_for(D, blocks, precision, valid)
+    try:
+        out, lse = launch(q, k, v, mask, D**-0.5, None, precision, variant)
+        torch.cuda.synchronize(device)
+    except (TritonError, RuntimeError) as error:
+        return f"its self-check failed: {type(error).__name__}: {str(error).strip()[:200]}"
+    expected, expected_lse = reference_forward(
+        *(x.float() for x in (q, k, v)), mask, D**-0.5, None, "bf16"
+    )
+    return why_wrong(out, lse, expected, expected_lse, precision)
+
+
+def why_wrong(
+    out: Tensor, lse: Tensor, expected: Tensor, expected_lse: Tensor, precision: str
+) -> str | None:
+    """Why this result is not attention, None if it is."""
+    empty = expected_lse.isinf()
+    if not torch.equal(lse.isinf(), empty) or bool(out[empty].any()):
+        return "its self-check failed: rows without keys are wrong"
+    error = float((out.float() - expected).norm() / expected.norm())
+    lse_error = float((lse - expected_lse)[~empty].abs().max())
+    if not (error <= LARGEST_ERROR[precision] and lse_error <= LARGEST_LSE_ERROR[precision]):
+        return (
+            f"its self-check failed: errors of {error:.1e} and, of lse, {lse_error:.1e}, where "
+            f"{LARGEST_ERROR[precision]:.1e} and {LARGEST_LSE_ERROR[precision]:.1e} are allowed"
+        )
+    return None
+
+
+def problem(
+    device: torch.device, dtype: torch.dtype, D: int, blocks: tuple[int, int], valid: bool
+) -> tuple[Tensor, Tensor, Tensor, BlockMask]:
+    """q, k, v and a mask with a full row, an empty one, and a ragged end; the same every time,
+    without touching torch's random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, TOKENS, 2, D, generator=generator).to(device, dtype).transpose(1, 2)
+        for _ in range(3)
+    )
+    nq, nk = (-(-TOKENS // block) for block in blocks)
+    keep = torch.rand(2, nq, nk, generator=generator) < 0.6
+    keep[:, 0], keep[0, 1], keep[1, -1, -1] = True, False, True
+    slots = None
+    if valid:
+        slots = torch.randint(0, blocks[1] + 1, (nk,), generator=generator, dtype=torch.int32)
+        slots[0] = blocks[1]
+    return q, k, v, BlockMask.from_keep(keep, blocks, valid=slots).to(device)

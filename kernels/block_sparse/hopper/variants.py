@@ -1,0 +1,87 @@
+"""Which form of the Hopper kernel runs where: a table written by hand.
+
+`python -m vdit_sparse.kernels.bench_hopper` measures the candidates; what came out is in
+`kernels/LOG.md`.
+"""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compile and launch the kernel.
+
+    consumers: warpgroups of 64 queries each, 1 or 2; keys: keys of a step, tokens; stages: tiles of
+    keys, and of values, in shared memory.
+    persistent: as many programs as fit the GPU, each of which takes tile after tile and loads the
+    next tile's queries early; pingpong: consumers start their products in turns; merged: keys and
+    values of a step are released together; lazy: the accumulator is rescaled only when a maximum
+    has grown by more than 2^8; emulate: every fourth exponential on the FMA units; unroll: two
+    steps a round of the loop; longest_first: tiles by falling length of their lists.
+    producer_registers: of a thread of the producer's warp; registers: of a thread when the program
+    starts, before the warps trade them, or None.
+    """
+
+    consumers: int
+    keys: int
+    stages: int
+    persistent: bool = False
+    pingpong: bool = False
+    merged: bool = False
+    lazy: bool = False
+    emulate: bool = False
+    unroll: bool = False
+    longest_first: bool = False
+    producer_registers: int = 24
+    registers: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Queries of a tile."""
+        return 64 * self.consumers
+
+    @property
+    def programs(self) -> int:
+        """Programs that fit a multiprocessor."""
+        return 1 if self.consumers == 2 else 2
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's constants of these names."""
+        return {
+            "BN": self.keys,
+            "CONSUMERS": self.consumers,
+            "STAGES": self.stages,
+            "PERSISTENT": self.persistent,
+            "PINGPONG": self.pingpong,
+            "MERGED": self.merged,
+            "LAZY": self.lazy,
+            "EMULATE": self.emulate,
+            "UNROLL": self.unroll,
+            "REGISTERS": 240,
+            "PRODUCER_REGISTERS": self.producer_registers,
+        }
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton compiles with."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": 4, **limit}
+
+
+# (D, query block, bytes of a key and a value together per channel) -> variant.
+PAIRS = {128: Variant(2, 128, 2), 64: Variant(2, 128, 3)}
+SINGLES = {128: Variant(1, 64, 3, registers=128), 64: Variant(1, 128, 2, registers=128)}
+
+
+def variant_for(
+    D: int, blocks: tuple[int, int], precision: str = "bf16", valid: bool = False
+) -> Variant:
+    """The form for heads of D channels and (query, key) blocks of `blocks` tokens; valid: whether
+    key blocks have masked slots inside."""
+    variant = (PAIRS if blocks[0] == 128 else SINGLES)[D]
+    if blocks[0] == 128 and (precision == "int8_fp8" or blocks[1] == 64):
+        variant = replace(variant, stages=3)
+    if valid:
+        variant = replace(variant, producer_registers=32)
+    return replace(variant, keys=min(variant.keys, blocks[1]))
