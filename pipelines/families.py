@@ -14,6 +14,7 @@ from vdit_sparse.method import SparseAttention
 FAMILIES = {
     "CogVideoXTransformer3DModel": "vdit_sparse.pipelines.cogvideox",
     "FluxTransformer2DModel": "vdit_sparse.pipelines.flux",
+    "HunyuanVideo15Transformer3DModel": "vdit_sparse.pipelines.hunyuan_video15",
     "HunyuanVideoTransformer3DModel": "vdit_sparse.pipelines.hunyuan_video",
     "MochiTransformer3DModel": "vdit_sparse.pipelines.mochi",
     "WanTransformer3DModel": "vdit_sparse.pipelines.wan",

@@ -21,6 +21,8 @@ PIPELINES = {
     "FluxFillPipeline": "vdit_sparse.pipelines.flux",
     "FluxKontextPipeline": "vdit_sparse.pipelines.flux",
     "FluxPipeline": "vdit_sparse.pipelines.flux",
+    "HunyuanVideo15ImageToVideoPipeline": "vdit_sparse.pipelines.hunyuan_video15",
+    "HunyuanVideo15Pipeline": "vdit_sparse.pipelines.hunyuan_video15",
     "HunyuanVideoImageToVideoPipeline": "vdit_sparse.pipelines.hunyuan_video",
     "HunyuanVideoPipeline": "vdit_sparse.pipelines.hunyuan_video",
     "MochiPipeline": "vdit_sparse.pipelines.mochi",

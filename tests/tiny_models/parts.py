@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -14,6 +15,7 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     LlamaTokenizer,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -74,6 +76,13 @@ def llama_tokenizer() -> LlamaTokenizer:
     made = LlamaTokenizer(vocab=ids, merges=[], pad_token="</s>", model_max_length=512)
     made.padding_side = "right"
     return made
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level: all bytes, and the special tokens of a chat."""
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    ids = {token: number for number, token in enumerate(tokens)}
+    return Qwen2Tokenizer(vocab=ids, merges=[], model_max_length=4096)
 
 
 def umt5_encoder() -> UMT5EncoderModel:
