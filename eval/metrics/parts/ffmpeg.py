@@ -43,7 +43,18 @@ def compared(video: Tensor, reference: Tensor, filter_and_options: str, smallest
             content = frames.permute(0, 2, 3, 1).contiguous().cpu().numpy().tobytes()
             (Path(folder) / name).write_bytes(content)
         inputs = [*raw, "-i", "a", *raw, "-i", "b"]
-        command = [get_ffmpeg_exe(), "-v", "error", *inputs, "-lavfi", graph, "-f", "null", "-"]
+        command = [
+            get_ffmpeg_exe(),
+            "-nostdin",
+            "-v",
+            "error",
+            *inputs,
+            "-lavfi",
+            graph,
+            "-f",
+            "null",
+            "-",
+        ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip() or "no message").splitlines()[-1]

@@ -1,6 +1,7 @@
 """What holds for every metric of the table."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +121,11 @@ def test_the_scored_pair_of_real_clips_ranks_below_a_light_distortion():
         metric = ALL_METRICS[name]
         values = [metric(distorted, pristine), metric(light, pristine)]
         assert values == sorted(values, reverse=not metric.higher_is_better), name
+
+
+def test_the_documentation_names_every_metric_and_its_direction():
+    text = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
+    text = text.replace("`lpips_alex`, `lpips_vgg`", "`lpips_alex` | lower |\n| `lpips_vgg`")
+    for name, metric in ALL_METRICS.items():
+        better = "higher" if metric.higher_is_better else "lower"
+        assert f"| `{name}` | {better} |" in text, name
