@@ -35,31 +35,25 @@ def compared(video: Tensor, reference: Tensor, filter_and_options: str, smallest
             f"Expected frames of at least {smallest} x {smallest} pixels for ffmpeg's "
             f"{filter_and_options[6:].split('=')[0]}, got {height} x {width}."
         )
-    same = "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p"
-    graph = f"[0:v]{same}[a];[1:v]{same}[b];{filter_and_options}"
-    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(FPS)]
     with TemporaryDirectory() as folder:
         for name, frames in zip("ab", pair, strict=True):
             content = frames.permute(0, 2, 3, 1).contiguous().cpu().numpy().tobytes()
             (Path(folder) / name).write_bytes(content)
-        inputs = [*raw, "-i", "a", *raw, "-i", "b"]
-        command = [
-            get_ffmpeg_exe(),
-            "-nostdin",
-            "-v",
-            "error",
-            *inputs,
-            "-lavfi",
-            graph,
-            "-f",
-            "null",
-            "-",
-        ]
+        command = _command(height, width, filter_and_options)
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip() or "no message").splitlines()[-1]
             raise RuntimeError(f"ffmpeg failed with code {done.returncode}: {reason}")
         return (Path(folder) / LOG).read_text()
+
+
+def _command(height: int, width: int, filter_and_options: str) -> list[str]:
+    same = "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p"
+    graph = f"[0:v]{same}[a];[1:v]{same}[b];{filter_and_options}"
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(FPS)]
+    inputs = [*raw, "-i", "a", *raw, "-i", "b"]
+    quiet = ["-nostdin", "-v", "error"]
+    return [get_ffmpeg_exe(), *quiet, *inputs, "-lavfi", graph, "-f", "null", "-"]
 
 
 @cache
