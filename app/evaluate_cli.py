@@ -97,7 +97,8 @@ def run(
     """Run a suite of prompts through methods, measure each sample, go on where it was stopped."""
     said = "Interrupted; finished samples are kept, and the same command goes on with the rest."
     with errors(debug, said):
-        from vdit_sparse.app.evaluate import evaluate, parse_evaluation
+        from vdit_sparse.app.evaluate import evaluate
+        from vdit_sparse.app.evaluate_request import parse_evaluation
 
         words = {**context.params, "torchrun": context.obj["torchrun"], "command": None}
         request = parse_evaluation(words)
