@@ -25,6 +25,7 @@ Methods = Annotated[
 
 @bench.command()
 def model(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="wan2.1-14b, wan2.1-1.3b or hunyuanvideo.")],
     size: Annotated[str, typer.Option(help="Pixels.", metavar="HxW")] = "720x1280",
     frames: Annotated[int, typer.Option(help="Frames of the video.")] = 81,
@@ -53,17 +54,54 @@ def model(
         from vdit_sparse.app.bench_request import parse_model
         from vdit_sparse.app.bench_tables import model_facts, model_table
 
-        asked = {
-            "model": model, "size": size, "frames": frames, "layers": layers, "methods": method,
-            "precisions": precision, "density": density, "block": block, "dense": dense,
-            "compiled": compile, "rounds": rounds, "kernels": kernels, "device": device,
-            "dtype": dtype,
-        }  # fmt: skip
-        request = parse_model(asked)
+        request = parse_model(context.params)
         rows = measure(request, complain)
         facts = model_facts(model, request)
         typer.echo(model_table(rows, request, facts))
         append(csv, as_data(rows), facts)
+
+
+@bench.command()
+def kernels(
+    context: typer.Context,
+    shape: Annotated[list[str] | None, typer.Option(help="A shape; repeatable; default all.")] = (
+        None
+    ),
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="A kernel; repeatable; default all.")
+    ] = None,
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="local, random or ragged; repeatable; default all.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="A method whose masks to take; repeatable; default all; none for none."),
+    ] = None,
+    density: Annotated[
+        list[float] | None, typer.Option(help="Kept share; repeatable; default 0.25 and 0.1.")
+    ] = None,
+    block: Block = 128,
+    device: Device = None,
+    dtype: Dtype = None,
+    csv: Csv = None,
+    png: Annotated[Path | None, typer.Option(help="Write a roofline here.", metavar="FILE")] = None,
+    debug: Debug = False,
+) -> None:
+    """Time attention kernels at the sizes of published models, after checking each."""
+    with errors(debug):
+        from vdit_sparse.app.bench_kernels import measure
+        from vdit_sparse.app.bench_request import parse_kernels
+        from vdit_sparse.app.bench_tables import facts_of, kernel_lines, write_roofline
+
+        request = parse_kernels(context.params)
+        facts = facts_of(request.device, request.dtype) | {"block": block}
+        typer.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
+        rows = []
+        for found in measure(request, complain):
+            typer.echo("\n".join(kernel_lines(found)))
+            append(csv, found, facts)
+            rows += found
+        write_roofline(png, rows, facts["machine"])
 
 
 def append(path: Path | None, rows: list[dict], facts: dict) -> None:

@@ -6,20 +6,20 @@ search for plans, and the first two, are not counted.
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from vdit_sparse import apply, remove, summary
+from vdit_sparse.app.bench_methods import sparse_methods
 from vdit_sparse.app.options import InputError
-from vdit_sparse.calibration import CalibratedAttention, Calibration, save
-from vdit_sparse.eval.speed import methods, random_calibration
 from vdit_sparse.grid import Grid
+from vdit_sparse.kernels.bench.measure import Masked, checked, time_cpu, time_gpu
+from vdit_sparse.kernels.bench.problem import Problem
 from vdit_sparse.method import SparseAttention
 from vdit_sparse.methods import RadialAttention
-from vdit_sparse.pipelines.families import family_of
 from vdit_sparse.pipelines.random_model import (
     ModelSize,
     random_inputs,
@@ -128,28 +128,41 @@ class Forwards:
 
 
 def measure(bench: ModelBench, say: Callable[[str], None]) -> list[Row]:
-    """Every variant, dense ones first; `say` is told what goes on, and the longest kernels."""
+    """Every variant, dense ones first; `say` is told what goes on, and the longest kernels. Raises
+    InputError if no dense one runs, for there is nothing to compare with."""
     say(f"building {bench.layers} layers")
     forwards = Forwards(bench)
-    rows = [_guarded(f"dense {name}, eager", _dense, forwards, name, say) for name in bench.dense]
-    rows[0] = _with_attention(rows[0], forwards, say)
-    attention = rows[0].attention
+    dense = {(name, "eager"): _eager(forwards, name, say) for name in bench.dense}
     if bench.compiled:
         forwards.model.compile_repeated_blocks(fullgraph=True)
-        rows += [
-            replace(
-                _guarded(f"dense {name}, compiled", _dense, forwards, name, say),
-                attention=attention,
-            )
-            for name in bench.dense
-        ]
-    best = min((row for row in rows if row.ms is not None), key=lambda row: row.ms, default=None)
-    if best is None:
-        raise InputError(f"No dense variant runs: {rows[0].error}")
+        for name in bench.dense:
+            row = _guarded(f"dense {name}, compiled", _dense, forwards, name, say)
+            dense[name, "compiled"] = replace(row, attention=dense[name, "eager"].attention)
+    timed = {key: row for key, row in dense.items() if row.ms is not None}
+    if not timed:
+        raise InputError(f"No dense variant runs: {next(iter(dense.values())).error}")
+    (backend, _), best = min(timed.items(), key=lambda item: item[1].ms)
+    rows = list(dense.values())
+    if best.attention is not None:
+        rest = best.ms - best.attention
+        rows += [_by_arithmetic(bench, name, rest, say) for name in _bare(bench)]
+    forwards.model.set_attention_backend(backend)
+    rows += _all_sparse(forwards, say)
+    return [_judged(row, best) for row in rows]
+
+
+def _all_sparse(forwards: Forwards, say: Callable[[str], None]) -> list[Row]:
+    """Each method in each precision. They replace each other, so that blocks compile once."""
+    bench, rows = forwards.bench, []
+    about = (bench.grid, bench.size.heads, bench.density, bench.block, bench.layers)
     with tempfile.TemporaryDirectory() as folder:
-        for name, method in _variants(bench, Path(folder)):
-            rows.append(_guarded(name, _sparse, forwards, method, say))
-    return [_judged(row, best, attention) for row in rows]
+        for name, method in sparse_methods(bench.methods, *about, Path(folder)):
+            for precision in bench.precisions:
+                variant = f"{name} {precision}" + (", compiled" if bench.compiled else "")
+                method = replace(method, precision=precision)
+                rows.append(_guarded(variant, _sparse, forwards, method, say))
+    remove(forwards.model)
+    return rows
 
 
 def _guarded(name: str, measured: Callable[..., Row], *arguments) -> Row:
@@ -164,50 +177,66 @@ def _guarded(name: str, measured: Callable[..., Row], *arguments) -> Row:
         return Row(name, error=f"{type(error).__name__}: {said}")
 
 
-def _dense(name: str, forwards: Forwards, backend: str, say: Callable[[str], None]) -> Row:
-    forwards.model.set_attention_backend(backend)
-    times, memory = forwards.times()
-    _name_longest(name, forwards.kernels(), forwards.bench.kernels, say)
-    return Row(name, statistics.median(times), dense=True, memory=memory)
-
-
-def _with_attention(row: Row, forwards: Forwards, say: Callable[[str], None]) -> Row:
-    """The row with the time of its self-attention, which our processors read off a dense run."""
+def _eager(forwards: Forwards, backend: str, say: Callable[[str], None]) -> Row:
+    """The row of a dense backend, with the time of its self-attention, which our processors read
+    off a dense run."""
+    row = _guarded(f"dense {backend}, eager", _dense, forwards, backend, say)
     if row.ms is None:
         return row
-    say("share of dense attention")
-    dense = RadialAttention(dense_layers=forwards.bench.layers, block=forwards.bench.block)
-    probed = _guarded("", _through_processors, forwards, dense, say)
+    method = RadialAttention(dense_layers=forwards.bench.layers, block=forwards.bench.block)
+    probed = _guarded(f"attention of {backend}", _through_processors, forwards, method, say)
+    remove(forwards.model)
     return replace(row, attention=probed.attention, error=probed.error)
 
 
+def _dense(name: str, forwards: Forwards, backend: str, say: Callable[[str], None]) -> Row:
+    forwards.model.set_attention_backend(backend)
+    times, memory = forwards.times()
+    if forwards.bench.kernels:
+        _name_longest(name, forwards.kernels(), forwards.bench.kernels, say)
+    return Row(name, statistics.median(times), dense=True, memory=memory)
+
+
+def _bare(bench: ModelBench) -> tuple[str, ...]:
+    """Dense kernels that are timed by themselves: they need no processor, and see no mask."""
+    return ("sdpa-cudnn", "fa3") if bench.device.type == "cuda" else ("sdpa",)
+
+
+def _by_arithmetic(bench: ModelBench, name: str, rest: float, say: Callable[[str], None]) -> Row:
+    """What the fastest dense forward would take with this kernel in the place of its attention."""
+    say(f"{name} alone")
+    size, on_gpu = bench.size, bench.device.type == "cuda"
+    dim = size.config.get("attention_head_dim", 128)
+    problem = Problem(size.heads, bench.grid.tokens, dim, bench.block, bench.dtype, bench.device)
+    with torch.no_grad():
+        timed = time_gpu if on_gpu else time_cpu
+        found, _ = checked(name, problem.tensors(), Masked("dense"), timed)
+    label = f"{name}, by arithmetic"
+    if found.ms is None:
+        return Row(label, error=found.note)
+    attention = found.ms * bench.layers
+    return Row(label, rest + attention, attention=attention)
+
+
 def _sparse(name: str, forwards: Forwards, method: SparseAttention, say) -> Row:
-    row, kernels = _profiled(name, forwards, method)
+    """`_through_processors`, and what a profiler says of one more step."""
+    row = _through_processors(name, forwards, method, say)
+    kernels = forwards.kernels()
     moved = [ms for kernel, ms in kernels.items() if any(part in kernel for part in MOVERS)]
     _name_longest(name, kernels, forwards.bench.kernels, say)
     return replace(row, reorder=sum(moved) if kernels else None)
 
 
 def _through_processors(name: str, forwards: Forwards, method: SparseAttention, say) -> Row:
-    return _profiled(name, forwards, method, profiled=False)[0]
-
-
-def _profiled(
-    name: str, forwards: Forwards, method: SparseAttention, profiled: bool = True
-) -> tuple[Row, dict[str, float]]:
-    family_of(forwards.model)
+    """The row of a method, as its run says; the times of the steps that count."""
     apply(forwards.model, method, timed=True)
-    try:
-        times, memory = forwards.times()
-        steps = _steps(forwards, method)
-        kernels = forwards.kernels() if profiled else {}
-    finally:
-        remove(forwards.model)
+    times, memory = forwards.times()
+    steps = _steps(forwards, method)
     ms = [times[step - WARM_UP] for step in steps]
     attention = [sum(entry.milliseconds for entry in entries) for entries in steps.values()]
     plan = [sum(sum(entry.plans) for entry in entries) for entries in steps.values()]
     density = [entry.density for entries in steps.values() for entry in entries]
-    row = Row(
+    return Row(
         name,
         statistics.median(ms),
         attention=statistics.median(attention),
@@ -215,7 +244,6 @@ def _profiled(
         density=statistics.mean(density),
         memory=memory,
     )
-    return row, kernels
 
 
 def _steps(forwards: Forwards, method: SparseAttention) -> dict[int, list]:
@@ -235,49 +263,13 @@ def _steps(forwards: Forwards, method: SparseAttention) -> dict[int, list]:
     return wanted
 
 
-def _variants(bench: ModelBench, folder: Path) -> Iterator[tuple[str, SparseAttention]]:
-    """Each method near the density without dense steps or layers, in each precision."""
-    for name, method in methods(bench.density, bench.block):
-        if name not in bench.methods:
-            continue
-        method = replace(
-            method, dense_steps=0, last_dense_steps=0, dense_layers=0, last_dense_layers=0
-        )
-        if isinstance(method.refresh, tuple):
-            # Listed steps may be fractions of a number that a bare transformer does not know.
-            method = replace(method, refresh="once")
-        if isinstance(method, CalibratedAttention):
-            method = replace(method, calibration=_calibration_file(name, bench, folder))
-        suffix = ", compiled" if bench.compiled else ""
-        for precision in bench.precisions:
-            yield f"{name} {precision}{suffix}", replace(method, precision=precision)
-
-
-def _calibration_file(name: str, bench: ModelBench, folder: Path) -> str:
-    """A random calibration in a file, the same for all layers."""
-    about = (name, bench.grid, bench.size.heads, bench.density, bench.block)
-    one: Calibration = random_calibration(*about)
-    # The axis of layers: the first of an order, the second of what depends on the step too.
-    tensors = {
-        key: tensor.expand(bench.layers, -1)
-        if key.endswith(".order")
-        else tensor.expand(tensor.shape[0], bench.layers, *tensor.shape[2:])
-        if tensor.ndim > 1
-        else tensor
-        for key, tensor in one.tensors.items()
-    }
-    path = str(folder / f"{name}.safetensors")
-    save(replace(one, path=path, layers=bench.layers, tensors=tensors))
-    return path
-
-
-def _judged(row: Row, best: Row, attention: float | None) -> Row:
+def _judged(row: Row, best: Row) -> Row:
     """The row with its speed-up over the best dense one, and Amdahl's bound."""
     if row.ms is None:
         return row
     bound = None
-    if attention is not None:
-        bound = best.ms / (best.ms - attention * (1 - row.density))
+    if best.attention is not None:
+        bound = best.ms / (best.ms - best.attention * (1 - row.density))
     return replace(row, speedup=best.ms / row.ms, bound=bound)
 
 

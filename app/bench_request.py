@@ -4,8 +4,11 @@ import importlib.util
 
 import torch
 
+from vdit_sparse.app.bench_kernels import KernelBench
 from vdit_sparse.app.bench_model import ModelBench
 from vdit_sparse.app.options import DTYPES, InputError, hint, parse_size
+from vdit_sparse.kernels.bench.kernels import CPU_KERNELS, GPU_KERNELS, KERNELS
+from vdit_sparse.kernels.bench.problem import PATTERNS, SHAPES
 from vdit_sparse.kernels.block_mask import BLOCK_SIZES
 from vdit_sparse.kernels.block_sparse import PRECISIONS
 from vdit_sparse.methods import METHODS
@@ -31,23 +34,42 @@ def parse_model(words: dict) -> ModelBench:
         layers=layers,
         device=device,
         dtype=parse_dtype(words["dtype"], device),
-        methods=parse_methods(words["methods"]),
-        precisions=choices("--precision", words["precisions"] or ["bf16"], PRECISIONS),
+        methods=parse_methods(words["method"]),
+        precisions=choices("--precision", words["precision"] or ["bf16"], PRECISIONS),
         density=parse_density(words["density"]),
         block=parse_block(words["block"]),
-        dense=tuple(words["dense"] or _dense_backends(on_gpu)),
-        compiled=words["compiled"],
+        dense=tuple(words["dense"] or _dense_backends(on_gpu, size.joint)),
+        compiled=words["compile"],
         rounds=words["rounds"],
         kernels=words["kernels"],
     )
 
 
-def _dense_backends(on_gpu: bool) -> list[str]:
-    """The best that can be asked for: cuDNN's, and FlashAttention-3 where it is installed."""
+def _dense_backends(on_gpu: bool, masked: bool) -> list[str]:
+    """The best that can be asked for: cuDNN's, and FlashAttention-3 where it is installed. A model
+    that gives attention a mask may have it faster from torch's own choice."""
     if not on_gpu:
         return ["native"]
     flash = ["_flash_3"] if importlib.util.find_spec("flash_attn_interface") else []
-    return ["_native_cudnn", *flash]
+    return ["_native_cudnn", *(["native"] if masked else flash)]
+
+
+def parse_kernels(words: dict) -> KernelBench:
+    """The request of `bench kernels`. Raises InputError for anything that cannot be measured."""
+    device = parse_device(words["device"])
+    default = CPU_KERNELS if device.type == "cpu" else GPU_KERNELS
+    shapes = choices("--shape", words["shape"] or list(SHAPES), SHAPES)
+    methods = words["method"]
+    return KernelBench(
+        shapes={name: SHAPES[name] for name in shapes},
+        kernels=choices("--kernel", words["kernel"] or list(default), KERNELS),
+        patterns=choices("--pattern", words["pattern"] or list(PATTERNS), PATTERNS),
+        methods=() if methods == ["none"] else parse_methods(methods),
+        densities=tuple(parse_density(each) for each in words["density"] or [0.25, 0.1]),
+        block=parse_block(words["block"]),
+        device=device,
+        dtype=parse_dtype(words["dtype"], device),
+    )
 
 
 def parse_methods(names: list[str] | None) -> tuple[str, ...]:

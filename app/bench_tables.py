@@ -1,7 +1,11 @@
 """What the bench commands print: tables, and what their figures were measured on."""
 
+from pathlib import Path
+
 from vdit_sparse.app.bench_model import ModelBench, Row
 from vdit_sparse.app.environment import commit, machine, versions
+from vdit_sparse.app.options import InputError
+from vdit_sparse.kernels.bench.report import roofline, table
 
 MODEL_COLUMNS = (
     "variant",
@@ -88,3 +92,22 @@ def aligned(cells: list[tuple[str, ...]]) -> list[str]:
         ).rstrip()
         for row in cells
     ]
+
+
+def kernel_lines(rows: list[dict]) -> list[str]:
+    """Kernels of one shape as text."""
+    first = rows[0]
+    about = f"{first['shape']}: {first['tokens']} tokens, {first['heads']} heads of {first['dim']}"
+    return [about, *table(rows)]
+
+
+def write_roofline(path: Path | None, rows: list[dict], machine: str) -> None:
+    """A roofline, if one is asked for. Raises InputError without matplotlib."""
+    if path is None:
+        return
+    try:
+        roofline(rows, machine, path)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--png needs matplotlib: pip install 'vdit-sparse[eval]' ({error})."
+        ) from error

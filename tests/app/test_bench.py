@@ -7,6 +7,13 @@ import pytest
 import torch
 
 from vdit_sparse.app.bench_model import Row, _judged
+from vdit_sparse.kernels.bench import __main__ as bench_main
+from vdit_sparse.kernels.bench import prepare as bench_prepare
+from vdit_sparse.kernels.bench.kernels import KERNELS, listed
+from vdit_sparse.kernels.bench.measure import Masked, checked, verify_rows
+from vdit_sparse.kernels.bench.problem import PATTERNS, SHAPES, Problem, Shape
+from vdit_sparse.kernels.block_mask import BlockMask
+from vdit_sparse.kernels.block_sparse.reference import forward as reference
 from vdit_sparse.methods import METHODS
 from vdit_sparse.pipelines.random_model import (
     SIZES,
@@ -34,6 +41,7 @@ VIDEO = ("--size", "128x128", "--frames", "17", "--block", "64", "--density", "0
 def tiny_sizes(monkeypatch):
     for name, size in TINY.items():
         monkeypatch.setitem(SIZES, name, size)
+    monkeypatch.setitem(SHAPES, "tiny", Shape(2, 64, 5, 8, 12, text=20))
 
 
 def test_sizes_are_the_published_ones():
@@ -73,18 +81,21 @@ def test_model_with_every_method(cli, tmp_path):
     rows = list(csv.DictReader(file.open()))
     assert [row["name"] for row in rows] == [
         "dense native, eager",
+        "sdpa, by arithmetic",
         *(f"{name} bf16" for name in METHODS),
     ]
     assert not any(row["error"] for row in rows)
-    dense = rows[0]
+    dense, alone = rows[:2]
     for row in rows:
         assert row["model"] == "tiny" and row["tokens"] == "320" and row["commit"]
-        assert 0 < float(row["attention"]) < float(row["ms"])
+        assert float(row["attention"]) > 0 and float(row["ms"]) > 0
         assert float(row["speedup"]) == pytest.approx(float(dense["ms"]) / float(row["ms"]))
         assert row["name"] in done.output
-    assert float(rows[3]["density"]) == pytest.approx(0.4)
+    rest = float(dense["ms"]) - float(dense["attention"])
+    assert float(alone["ms"]) == pytest.approx(rest + float(alone["attention"]))
+    assert float(rows[4]["density"]) == pytest.approx(0.4)
     cli(*command, "--rounds", 1, "--method", "radial", "--csv", file)
-    assert len(list(csv.DictReader(file.open()))) == len(rows) + 2
+    assert len(list(csv.DictReader(file.open()))) == len(rows) + 3
 
 
 def test_model_with_text_in_its_sequence(cli):
@@ -106,9 +117,113 @@ def test_what_does_not_run_says_why(cli):
 
 def test_bound_is_amdahls():
     best, sparse = Row("dense", 100.0, dense=True, attention=60.0), Row("x", 50.0, density=0.25)
-    judged = _judged(sparse, best, 60.0)
+    judged = _judged(sparse, best)
     assert judged.bound == pytest.approx(100 / (40 + 15)) and judged.speedup == 2
-    assert _judged(Row("x", error="why"), best, 60.0).bound is None
+    assert _judged(Row("x", error="why"), best).bound is None
+
+
+def small_problem(device, tokens=500, block=64) -> Problem:
+    return Problem(3, tokens, 64, block, torch.float32, device)
+
+
+def test_shapes_are_the_published_ones():
+    tokens = {name: shape.tokens for name, shape in SHAPES.items() if name != "tiny"}
+    assert tokens == {
+        "wan-480p": 32_760,
+        "wan-720p": 75_600,
+        "hunyuan-720p": 119_056,
+        "cogvideox1.5": 45_106,
+        "flux-1024": 4_608,
+        "flux-4096": 66_048,
+    }
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_masks_have_the_density_that_was_asked_for(pattern, device):
+    mask = small_problem(device, 64 * 64).mask(pattern, 0.25)
+    assert mask.density() == pytest.approx(0.25, abs=0.02)
+    assert (mask.cnt >= 1).all()
+    spread = int(mask.cnt.max()) / int(mask.cnt.min())
+    assert (spread > 6) == (pattern == "ragged")
+
+
+@pytest.mark.parametrize("valid", [False, True], ids=["whole blocks", "padded blocks"])
+def test_sampled_rows_tell_right_from_wrong(valid, device):
+    problem = small_problem(device)
+    tensors, mask = problem.tensors(), problem.mask("random", 0.4)
+    real = torch.full((mask.nk,), 50, dtype=torch.int32, device=device) if valid else None
+    mask = BlockMask(mask.idx, mask.cnt, mask.nk, 64, 64, real)
+    out, _ = reference(*tensors, mask, 64**-0.5)
+    assert verify_rows(out, tensors, mask) < 1e-5
+    with pytest.raises(RuntimeError, match="wrong by .*not timed"):
+        verify_rows(out * 1.001, tensors, mask)
+    with pytest.raises(RuntimeError, match="relative error 1.00e-01"):
+        verify_rows(out * 1.1, tensors, mask, 0.01)
+    assert verify_rows(out * 1.001, tensors, mask, 0.01) > 0
+    dense = torch.nn.functional.scaled_dot_product_attention(*tensors)
+    assert verify_rows(dense, tensors, None) < 1e-5
+    with pytest.raises(RuntimeError):
+        verify_rows(dense, tensors, mask)
+
+
+def test_lists_for_other_packages_name_every_kept_block(device):
+    mask = small_problem(device).mask("ragged", 0.4)
+    cnt = mask.cnt.clone()
+    cnt[:, 0, 0] = mask.nk  # all blocks, which `idx` does not list
+    mask = BlockMask(mask.idx, cnt, mask.nk, 64, 64)
+    counts, columns = listed(mask, 3)
+    again = BlockMask(columns, counts, mask.nk, 64, 64)
+    assert columns.shape[-1] == mask.nk and torch.equal(again.keep(), mask.keep())
+    assert (columns[0, 0, 0].sort().values == columns[0, 0, 0]).all()
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "flex"])
+def test_each_kernel_is_right_or_says_why_not(name, device):
+    problem = small_problem(device)
+    masked = Masked("random", problem.mask("random", 0.4) if KERNELS[name].sparse else None)
+    row, attend = checked(name, problem.tensors(), masked, lambda attend: 1.0)
+    assert (row.note is None) == (attend is not None) == (row.ms == 1.0)
+    if attend is None:
+        assert not row.note.startswith("TypeError") and len(row.note) > 5, row.note
+    if name in ("gather", "reference", "sdpa"):
+        assert row.note is None and row.error < 1e-5 and row.tflops > 0
+
+
+def test_kernels_on_the_masks_of_every_method(cli, tmp_path):
+    csv_file, png = tmp_path / "rows.csv", tmp_path / "roofline.png"
+    command = ("bench", "kernels", "--shape", "tiny", "--block", "64", "--device", "cpu")
+    words = ("--density", "0.4", "--kernel", "gather", "--kernel", "sdpa", "--kernel", "fa4")
+    done = cli(*command, *words, "--csv", csv_file, "--png", png)
+    assert done.exit_code == 0, done.output
+    rows = list(csv.DictReader(csv_file.open()))
+    sparse = [row for row in rows if row["kernel"] == "gather"]
+    assert [row["pattern"] for row in sparse] == [*PATTERNS, *METHODS]
+    assert all(float(row["ms"]) > 0 and float(row["error"]) < 1e-5 for row in sparse)
+    assert all(row["shape"] == "tiny" and row["commit"] for row in rows)
+    assert "fa4: flash_attn.cute: " in done.output
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_module_by_itself(monkeypatch, capsys):
+    words = "--cpu --tokens 500 --heads 2 --dim 64 --density 0.4 --block 64 --dtype fp32"
+    monkeypatch.setattr("sys.argv", ["bench", *words.split()])
+    bench_main.main()
+    said = capsys.readouterr().out
+    assert said.count("gather") == 2 and said.count("sdpa") == 2 and "commit" in said
+
+
+def test_passes_before_attention_agree(device):
+    """Each way of `--prepare` does the same to its rows, but for the order."""
+    problem = Problem(2, 40, 16, 64, torch.float32, device)
+    calls = {
+        name: call for name, _, call in bench_prepare.passes(problem) if "compiled" not in name
+    }
+    for of in ("all heads", "each head"):
+        expected = calls[f"torch, {of}"]()
+        assert torch.allclose(calls[f"one pass, {of}"](), expected, atol=1e-5)
+        moved = calls[f"one pass with an order, {of}"]()
+        assert moved.sum().item() == pytest.approx(expected.sum().item(), abs=1e-2)
+    assert calls["rows back"]().shape == (1, 40, 32)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +243,22 @@ def test_bound_is_amdahls():
     ],
 )
 def test_bad_requests_end_in_one_line(words, message, cli):
-    done = cli("bench", "model", "--model", "tiny", "--device", "cpu", *words)
+    check_bad(cli("bench", "model", "--model", "tiny", "--device", "cpu", *words), message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--shape", "wan"), "--shape must be one of wan-480p"),
+        (("--kernel", "tritn"), "--kernel must be one of .*did you mean 'triton'"),
+        (("--pattern", "dense"), "--pattern must be one of local"),
+        (("--density", "2"), "--density must be above 0 and at most 1, got 2"),
+    ],
+)
+def test_bad_requests_for_kernels_end_in_one_line(words, message, cli):
+    check_bad(cli("bench", "kernels", "--device", "cpu", *words), message)
+
+
+def check_bad(done, message: str) -> None:
     assert done.exit_code == 2
     assert re.search(message, done.stderr) and len(done.stderr.splitlines()) == 1, done.stderr

@@ -1,0 +1,66 @@
+"""What one pass before attention gains: norms, RoPE and a plan's order, at the size of a layer."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm
+
+from vdit_sparse.kernels.bench.measure import time_gpu
+from vdit_sparse.kernels.bench.problem import Problem
+from vdit_sparse.kernels.qk_prepare import merge_heads, prepare
+from vdit_sparse.kernels.reorder import inverse, reorder
+
+EPS = 1e-6
+
+
+def stock(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, across: bool) -> Tensor:
+    """Norm and RoPE as a sequence of torch's own operations, x `[B, S, H, D]`, cos and sin
+    `[1, S, 1, D]`; the norm over all heads, as Wan's, or over each."""
+    heads = x.shape[2]
+    rows = x.flatten(2) if across else x
+    rows = rms_norm(rows, weight.shape, weight, EPS)
+    rows = rows.unflatten(2, (heads, -1)) if across else rows
+    even, odd = rows[..., 0::2], rows[..., 1::2]
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    out = torch.empty_like(rows)
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out
+
+
+def passes(problem: Problem) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    """(name, bytes that it has to move, call) of each way to bring one of q, k, v to attention."""
+    H, S, D = problem.heads, problem.tokens, problem.dim
+    x, attention = (each.transpose(1, 2) for each in problem.tensors()[:2])
+    once = x.numel() * x.element_size()
+    angles = torch.rand(S, D // 2, device=problem.device) * 6.28
+    cos, sin = (f(angles).repeat_interleave(2, -1)[None, :, None] for f in (torch.cos, torch.sin))
+    order = torch.stack([torch.randperm(S, device=problem.device) for _ in range(H)])
+    back = inverse(order, S)
+    heads = attention.transpose(1, 2)
+    yield "copy", 2 * once, x.clone
+    compiled = torch.compile(stock, dynamic=False)
+    for across in (True, False):
+        weight = torch.ones(H * D if across else D, dtype=x.dtype, device=x.device)
+        call, of = (x, weight, cos, sin, across), "all heads" if across else "each head"
+        yield f"torch, {of}", 2 * once, lambda call=call: stock(*call)
+        yield f"torch compiled, {of}", 2 * once, lambda call=call: compiled(*call)
+        given = (x, weight, (cos, sin))
+        yield f"one pass, {of}", 2 * once, lambda given=given: prepare(*given, eps=EPS)
+        yield (
+            f"one pass with an order, {of}",
+            2 * once,
+            lambda given=given: prepare(*given, eps=EPS, back=back),
+        )
+    yield "order alone", 2 * once, lambda: reorder(heads, order)
+    yield "rows back", 2 * once, lambda: merge_heads(heads, back)
+
+
+def run_passes(problem: Problem) -> list[str]:
+    """A line for each pass on a GPU: milliseconds for one of q, k, v, and TB/s."""
+    return [
+        f"{ms:8.3f} ms {moved / ms / 1e9:6.2f} TB/s  {name}"
+        for name, moved, call in passes(problem)
+        if (ms := time_gpu(call))
+    ]
