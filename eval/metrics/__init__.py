@@ -18,8 +18,8 @@ What `takes` can name:
                        `[C, T, H, W]`, floating point
 
 Errors: ValueError for inputs that cannot be measured (shape, range, too few frames, too small),
-`Unavailable` where `unavailable()` has a reason; both messages say what to do. A metric runs on the
-device of its inputs as far as it can. Nothing is ever downloaded.
+`Unavailable` where `unavailable()` has a reason, or ffmpeg fails; the messages say what to do. A
+metric runs on the device of its inputs as far as it can. Nothing is ever downloaded.
 
 `METRICS` is the part of `ALL_METRICS` that every command prints: with a reference, and in need of
 nothing but torch. Metrics of a whole set of videos accumulate (`FrechetDistance`).

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vdit_sparse.eval.frames import levels
 from vdit_sparse.eval.metrics.parts.colour import rgb
+from vdit_sparse.eval.metrics.parts.metric import Unavailable
 
 LOG = "log"
 FPS = 16
@@ -26,7 +27,7 @@ def compared(video: Tensor, reference: Tensor, filter_and_options: str, smallest
     video, reference: RGB `[T, 3, H, W]`, uint8 or float in [0, 1], sides of at least `smallest`
     pixels; filter_and_options: "[a][b]name=...", `a` being the video and `b` the reference, for
     filters differ in their order. Raises ValueError if the videos differ in shape or are no such
-    videos, RuntimeError with ffmpeg's last line if it fails.
+    videos, Unavailable with ffmpeg's last line if it fails.
     """
     pair = rgb(levels(video, reference)), rgb(levels(reference, video))
     height, width = video.shape[-2:]
@@ -43,7 +44,7 @@ def compared(video: Tensor, reference: Tensor, filter_and_options: str, smallest
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise RuntimeError(f"ffmpeg failed with code {done.returncode}: {reason}")
+            raise Unavailable(f"ffmpeg failed with code {done.returncode}: {reason}")
         return (Path(folder) / LOG).read_text()
 
 

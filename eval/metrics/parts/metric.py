@@ -11,7 +11,7 @@ LATENTS = ("latents", "reference_latents")
 
 
 class Unavailable(RuntimeError):
-    """A metric was asked for that cannot run here; the message says what to install or give."""
+    """A metric cannot run here, or a program that it calls failed; the message says why."""
 
 
 def nothing() -> None:

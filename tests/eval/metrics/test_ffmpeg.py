@@ -9,7 +9,7 @@ import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 
 from tests.eval.metrics.clips import made, noisy, real
-from vdit_sparse.eval.metrics import ALL_METRICS
+from vdit_sparse.eval.metrics import ALL_METRICS, Unavailable
 from vdit_sparse.eval.metrics.parts import ffmpeg
 from vdit_sparse.eval.metrics.vmaf import vmaf_per_frame
 from vdit_sparse.eval.metrics.xpsnr import xpsnr_per_frame
@@ -100,5 +100,5 @@ def test_a_filter_that_is_not_there_is_named():
 
 def test_a_failure_of_ffmpeg_is_told():
     video = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="ffmpeg failed with code .*"):
+    with pytest.raises(Unavailable, match="ffmpeg failed with code .*"):
         ffmpeg.compared(video, video, "[a][b]nosuch=1", 16)
