@@ -20,6 +20,7 @@ from vdit_sparse.pipelines.families import DENOISERS, Family, family_of, preset
 from vdit_sparse.pipelines.hook import Run
 from vdit_sparse.pipelines.processor import SparseAttnProcessor, skipped
 from vdit_sparse.pipelines.report import Summary, settle
+from vdit_sparse.pipelines.spot_check import SpotCheck
 
 HOOK = "vdit_sparse"
 CALIBRATIONS = "calibrations"  # folder of a checkpoint
@@ -27,7 +28,14 @@ CALIBRATIONS = "calibrations"  # folder of a checkpoint
 Target = DiffusionPipeline | torch.nn.Module
 
 
-def apply(target: Target, method: SparseAttention | str, *, timed: bool = False) -> None:
+def apply(
+    target: Target,
+    method: SparseAttention | str,
+    *,
+    timed: bool = False,
+    check: bool = False,
+    strict: bool = False,
+) -> None:
     """Runs the self-attention of a pipeline or transformer through a method.
 
     target: a diffusers pipeline (all its denoisers, so both experts of Wan 2.2) or a transformer.
@@ -35,6 +43,10 @@ def apply(target: Target, method: SparseAttention | str, *, timed: bool = False)
         gives it.
     method: a method or the name of one of the family's presets.
     timed: record the milliseconds of every attention call for `summary`.
+    check: compare a few rows of the first sparse call of each layer in a run with exact attention,
+        and warn (`AttentionWarning`) where they are not finite or far off (`SpotCheck`);
+        `summary` has the errors.
+    strict: raise RuntimeError instead; implies `check`.
 
     Applying again replaces the method and needs no recompilation. Cross-attention stays as it is.
     Raises ValueError for a model or preset that is not known, naming those that are, for a method
@@ -49,9 +61,14 @@ def apply(target: Target, method: SparseAttention | str, *, timed: bool = False)
         _check(model, methods[name])
     clock = Clock(_schedule_of(target))
     for name, model in denoisers.items():
-        run = _run_of(model) or _install(name, model)
+        run = _run_of(model)
+        if run is not None and run.lost(model):
+            remove(model)
+            run = None
+        run = run or _install(name, model)
         run.clock = clock
-        run.use(methods[name], origin_of(target, name, model), timed)
+        look = SpotCheck(strict) if check or strict else None
+        run.use(methods[name], origin_of(target, name, model), timed, look)
 
 
 def remove(target: Target) -> None:
@@ -75,7 +92,7 @@ def remove(target: Target) -> None:
 
 def summary(target: Target) -> Summary:
     """What the last run did, layer by layer and step by step. Waits for the device."""
-    runs = [run for model in _denoisers(target).values() if (run := _run_of(model)) is not None]
+    runs = _runs(target)
     if not runs:
         return Summary(method="none: stock attention")
     methods = list(dict.fromkeys(str(run.method) for run in runs))
@@ -107,7 +124,12 @@ class SparsePipelineMixin:
     def __call__(self, *args, **kwargs):
         given = self.stock_signature.bind_partial(*args, **kwargs).arguments
         own = {name: value for name, value in self.generation.items() if name != "fps"}
-        return super().__call__(**{**own, **given})
+        try:
+            return super().__call__(**{**own, **given})
+        finally:
+            # diffusers resets only models that know caches, and none after an exception.
+            for run in _runs(self):
+                run.reset_state(None)
 
     @property
     def stock_signature(self) -> inspect.Signature:
@@ -173,6 +195,10 @@ def _check(model: torch.nn.Module, method: object) -> None:
     reason = family.refuses(model, method) if family.refuses else None
     if reason:
         raise ValueError(f"{type(method).__name__} cannot run on {type(model).__name__}: {reason}.")
+
+
+def _runs(target: Target) -> list[Run]:
+    return [run for model in _denoisers(target).values() if (run := _run_of(model)) is not None]
 
 
 def _install(name: str, model: torch.nn.Module) -> Run:

@@ -20,6 +20,7 @@ from vdit_sparse.pipelines.families import Family
 from vdit_sparse.pipelines.processor import RUNS, SparseAttnProcessor
 from vdit_sparse.pipelines.report import Entry, Stopwatch
 from vdit_sparse.pipelines.sequence import VideoFirst
+from vdit_sparse.pipelines.spot_check import SpotCheck
 
 _numbers = itertools.count()
 
@@ -50,6 +51,7 @@ class Run(ModelHook):
         self.origin = Origin(expert=expert)
         self.method: SparseAttention | None = None
         self.watch: Stopwatch | None = None
+        self.check: SpotCheck | None = None
         self.processors: list[SparseAttnProcessor] = []
         self.replaced: dict[str, object] = {}
         self.number = next(_numbers)
@@ -62,9 +64,11 @@ class Run(ModelHook):
         self._memory: dict[tuple[str, int], dict] = {}
         self.clock_run = 0
 
-    def use(self, method: SparseAttention, origin: Origin, timed: bool) -> None:
+    def use(
+        self, method: SparseAttention, origin: Origin, timed: bool, check: SpotCheck | None
+    ) -> None:
         """Takes a method, and where the calls come from; forgets everything about earlier runs."""
-        self.method, self.origin = method, origin
+        self.method, self.origin, self.check = method, origin, check
         self.watch = Stopwatch() if timed else None
         self.entries, self.backend, self.calibration = [], None, None
         self.reset_state(None)
@@ -74,6 +78,7 @@ class Run(ModelHook):
     def pre_forward(self, module, *args, **kwargs):
         given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
         family = self.family
+        self._check_in_place(module)
         grid = family.grid(module, given.arguments)
         lead = family.lead(module, given.arguments) if family.lead else 0
         self.clock.check(grid)
@@ -83,8 +88,28 @@ class Run(ModelHook):
             self.clock_run = self.clock.run
             self._memory.clear()
             self.entries, self.backend, self.calibration = [], None, None
+            if self.check:
+                self.check.forget()
         self._place = Place(grid, lead, branch, self.clock.step, self.clock.steps)
         return args, kwargs
+
+    def lost(self, module: torch.nn.Module) -> dict[str, object]:
+        """The processors of the layers that have ours no more, by path."""
+        layers = self.family.layers(module).items()
+        present = {path: layer.processor for path, layer in layers}
+        return {
+            path: now for path, now in present.items() if getattr(now, "run", None) != self.number
+        }
+
+    def _check_in_place(self, module: torch.nn.Module) -> None:
+        lost = self.lost(module)
+        if lost:
+            path, now = next(iter(lost.items()))
+            raise RuntimeError(
+                f"{len(lost)} of {len(self.processors)} layers have lost their sparse processor: "
+                f"{path} has a {type(now).__name__} (fuse_qkv_projections, an adapter or "
+                "set_attn_processor does that). Apply the method again, or remove it."
+            )
 
     @torch.compiler.disable
     def post_forward(self, module, output):
@@ -108,21 +133,31 @@ class Run(ModelHook):
         started = self.watch.start(query.device) if self.watch else None
         sequence = self._sequence(processor, query, mask)
         call = self._call(layer, sequence)
-        dense = self.method.is_dense(call)
-        if dense:
-            out = processor.dense(query, key, value, mask)
+        why = self.method.why_dense(call)
+        if why:
+            out, look = processor.dense(query, key, value, mask), None
         else:
-            q, k, v = (sequence.move(x).transpose(1, 2) for x in (query, key, value))
-            self._check_sparse(processor, q, k, v)
-            out = sequence.back(self.method(q, k, v, call).transpose(1, 2))
+            qkv = tuple(sequence.move(x).transpose(1, 2) for x in (query, key, value))
+            self._check_sparse(processor, *qkv)
+            moved = self.method(*qkv, call)
+            out, look = sequence.back(moved.transpose(1, 2)), (qkv, moved)
         mark = self.watch.stop(started) if self.watch else None
-        note, place = call.note, self._place
+        error = self._look(look, call) if look and self.check else None
+        self._note(call, why, mark, error)
+        return out.contiguous()
+
+    def _look(self, look: tuple, call: Call) -> float | None:
+        path = list(self.replaced)[call.layer]
+        return self.check.look(path, *look, call, self.method)
+
+    def _note(self, call: Call, why: str | None, mark: object, error: float | None) -> None:
+        note, branch = call.note, self._place.branch
         self.calibration = note.calibration or self.calibration
         entry = Entry(
-            self.expert, place.branch, place.step, layer, dense, note.density, note.searched
+            self.expert, branch, call.step, call.layer, bool(why), note.density, note.searched
         )
-        self.entries.append(replace(entry, milliseconds=mark, plans=tuple(note.plans)))
-        return out.contiguous()
+        rest = {"milliseconds": mark, "plans": tuple(note.plans), "why": why, "error": error}
+        self.entries.append(replace(entry, **rest))
 
     def _sequence(
         self, processor: SparseAttnProcessor, query: Tensor, mask: Tensor | None

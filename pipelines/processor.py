@@ -4,6 +4,7 @@ import weakref
 
 import torch
 import torch.nn.functional as F
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
@@ -38,6 +39,8 @@ class SparseAttnProcessor:
                 "vdit_sparse is inference only, but the model runs under autograd; use "
                 "torch.no_grad(), or vdit_sparse.remove(...) to train."
             )
+        if not torch.compiler.is_compiling() and _scores_are_skipped():
+            return value
         return torch.ops.vdit_sparse.attend(query, key, value, self.layer, self.run, mask)
 
     def dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -72,6 +75,13 @@ class SDPASparseAttnProcessor(SparseAttnProcessor):
         """The stock attention `[B, S, H, D]` -> `[B, S, H, D]`, through SDPA."""
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _scores_are_skipped() -> bool:
+    """Whether perturbed-attention guidance asks SDPA for its values: it does so by intercepting the
+    function, which our operator hides."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in modes)
 
 
 def skipped(module, hidden_states=None, encoder_hidden_states=None, *args, **kwargs):

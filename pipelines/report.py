@@ -1,7 +1,7 @@
 """What a run did: one entry an attention call, and their summary."""
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +19,8 @@ class Entry:
     searched: the call passed over q and k once more to find a plan.
     milliseconds: time of the attention with its planning, None unless asked for.
     plans: the parts of it that went into building plans, one for each plan built.
+    why: the method's field because of which a dense call was dense.
+    error: relative error of the rows that were looked at (`SpotCheck`), None for other calls.
     """
 
     expert: str
@@ -30,6 +32,8 @@ class Entry:
     searched: bool = False
     milliseconds: float | None = None
     plans: tuple[float, ...] = ()
+    why: str | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,17 @@ class Summary:
         return _mean(entry.density for entry in self.entries if not entry.dense)
 
     @property
+    def dense_calls(self) -> dict[str, int]:
+        """How many calls ran dense, by the method's field that said so."""
+        return dict(Counter(entry.why for entry in self.entries if entry.why))
+
+    @property
+    def error(self) -> float | None:
+        """Largest relative error of the layers that were looked at; None without `check=True`."""
+        errors = [entry.error for entry in self.entries if entry.error is not None]
+        return max(errors) if errors else None
+
+    @property
     def milliseconds(self) -> float | None:
         """Time of all attention calls together; None unless asked for with `timed=True`."""
         times = [entry.milliseconds for entry in self.entries if entry.milliseconds is not None]
@@ -104,6 +119,10 @@ class Summary:
             rows[entry.step, entry.expert].append(entry)
         lines += [_row(step, expert, group) for (step, expert), group in sorted(rows.items())]
         lines.append(f"density of the run {_show(self.density, '.3f')}")
+        for why, count in self.dense_calls.items():
+            lines.append(f"{count} of {self.calls} calls dense by {why}")
+        if self.error is not None:
+            lines.append(f"largest error of the rows looked at {self.error:.3f}")
         if self.planning_share is not None:
             lines.append(f"planning {self.planning_share:.1%} of the sparse calls' time")
         if self.search_milliseconds:

@@ -118,20 +118,27 @@ class SparseAttention(ABC):
         return F.scaled_dot_product_attention(q, k, v, real_keys(call.kv_len, k))
 
     def is_dense(self, call: Call) -> bool:
-        """Whether this call runs dense. Raises ValueError if that depends on a number of steps
-        which the caller did not give."""
+        """Whether this call runs dense; raises as `why_dense`."""
+        return self.why_dense(call) is not None
+
+    def why_dense(self, call: Call) -> str | None:
+        """The field because of which this call runs dense, or None if it does not. Raises
+        ValueError if that depends on a number of steps which the caller did not give."""
         if self.last_dense_steps and call.steps is None:
             raise ValueError(
                 f"last_dense_steps={self.last_dense_steps} needs the number of denoising steps, "
                 "which a bare transformer does not know: use vdit_sparse.apply on the pipeline."
             )
-        return (
-            call.step < call.step_at(self.dense_steps)
-            or call.layer < self.dense_layers
-            or call.layer >= call.layers - self.last_dense_layers
-            or bool(self.last_dense_steps)
-            and call.step >= call.steps - call.step_at(self.last_dense_steps)
-        )
+        if call.step < call.step_at(self.dense_steps):
+            return "dense_steps"
+        if call.layer < self.dense_layers:
+            return "dense_layers"
+        if call.layer >= call.layers - self.last_dense_layers:
+            return "last_dense_layers"
+        last = call.step_at(self.last_dense_steps) if self.last_dense_steps else 0
+        if last and call.step >= call.steps - last:
+            return "last_dense_steps"
+        return None
 
     def current_plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         """The cached plan of this layer and branch, or a new one if `refresh` says so; notes its

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from diffusers.hooks import LayerSkipConfig
+from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+from diffusers.hooks.layer_skip import apply_layer_skip
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from tests.tiny_models import WAN_CALL, tiny_wan, tiny_wan_i2v, wan_i2v_call, wan_transformer
@@ -20,7 +23,7 @@ from vdit_sparse import (
     summary,
 )
 from vdit_sparse.calibration import CalibrationWarning
-from vdit_sparse.pipelines.processor import SparseAttnProcessor
+from vdit_sparse.pipelines.processor import SparseAttnProcessor, skipped
 
 SPARSE = RadialAttention(block=64)
 
@@ -279,3 +282,54 @@ def test_summary_names_the_calibration_that_came_with_the_checkpoint():
     assert done.density == pytest.approx(0.35, abs=0.1)
     with pytest.raises(ValueError, match=r"no calibration of PAROAttention for the token grid \[2"):
         pipe(**call, num_frames=5)
+
+
+def test_layers_that_lost_their_processor_say_so_and_another_apply_helps():
+    pipe = tiny_wan()
+    apply(pipe, SPARSE)
+    wanted = frames(pipe)
+    pipe.transformer.blocks[1].attn1.set_processor(WanAttnProcessor())
+    with pytest.raises(RuntimeError, match=r"1 of 2 layers .* blocks\.1\.attn1 has a WanAttn"):
+        frames(pipe)
+    apply(pipe, SPARSE)
+    assert torch.equal(frames(pipe), wanted)
+
+
+def test_a_processor_that_is_not_stock_is_not_thrown_away():
+    class Adapter(WanAttnProcessor):
+        pass
+
+    pipe = tiny_wan()
+    pipe.transformer.blocks[1].attn1.set_processor(Adapter())
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn1 has a Adapter.*Unload"):
+        apply(pipe, SPARSE)
+    assert isinstance(pipe.transformer.blocks[0].attn1.processor, WanAttnProcessor)
+
+
+@pytest.mark.parametrize("what", ["skip_attention", "skip_attention_scores"])
+def test_guiders_skip_our_layers_as_they_skip_stock_ones(what, monkeypatch):
+    metadata = AttentionProcessorMetadata(skipped)
+    monkeypatch.setitem(AttentionProcessorRegistry._registry, WanAttnProcessor, metadata)
+    choice = {"skip_attention": False, "skip_ff": False, "skip_attention_scores": False, what: True}
+    config = LayerSkipConfig(indices=[0, 1], fqn="blocks", **choice)
+    outputs = []
+    for method in (None, SPARSE):
+        pipe = tiny_wan()
+        if method:
+            apply(pipe, method)
+        apply_layer_skip(pipe.transformer, config)
+        outputs.append(frames(pipe))
+    assert torch.equal(*outputs)
+
+
+def test_nothing_is_remembered_after_a_run_that_failed():
+    pipe, probe = tiny_wan(), Probe()
+    apply(pipe, probe)
+    with pytest.raises(Stop):
+        frames(pipe, callback_on_step_end=raise_stop_at_step)
+    run = pipe.transformer._diffusers_hook.get_hook("vdit_sparse")
+    assert probe.calls and not run._memory
+
+
+def raise_stop_at_step(pipe, step, timestep, kwargs):
+    raise Stop
