@@ -13,11 +13,15 @@ from vdit_sparse.method import SparseAttention
 # Transformer class -> module that holds its `FAMILY`; imported on demand.
 FAMILIES = {
     "CogVideoXTransformer3DModel": "vdit_sparse.pipelines.cogvideox",
+    "CosmosTransformer3DModel": "vdit_sparse.pipelines.cosmos",
     "FluxTransformer2DModel": "vdit_sparse.pipelines.flux",
     "HunyuanVideo15Transformer3DModel": "vdit_sparse.pipelines.hunyuan_video15",
     "HunyuanVideoTransformer3DModel": "vdit_sparse.pipelines.hunyuan_video",
     "MochiTransformer3DModel": "vdit_sparse.pipelines.mochi",
+    "QwenImageTransformer2DModel": "vdit_sparse.pipelines.qwen_image",
+    "SkyReelsV2Transformer3DModel": "vdit_sparse.pipelines.skyreels_v2",
     "WanTransformer3DModel": "vdit_sparse.pipelines.wan",
+    "WanVACETransformer3DModel": "vdit_sparse.pipelines.wan_vace",
 }
 # Transformer class -> why it has no sparse attention.
 REFUSED = {

@@ -2,18 +2,26 @@
 
 from tests.tiny_models import (
     cogvideox,
+    cosmos,
     flux,
     hunyuan_video,
     hunyuan_video15,
     mochi,
+    qwen_image,
+    skyreels_v2,
     wan,
+    wan_vace,
 )
 
 TINY = {
     **cogvideox.TINY,
+    **cosmos.TINY,
     **flux.TINY,
     **hunyuan_video.TINY,
     **hunyuan_video15.TINY,
     **mochi.TINY,
+    **qwen_image.TINY,
+    **skyreels_v2.TINY,
     **wan.TINY,
+    **wan_vace.TINY,
 }
