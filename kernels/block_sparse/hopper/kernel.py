@@ -97,12 +97,14 @@ def _scores(q, k_smem, k_ready, slot, phase, D: gl.constexpr, BN: gl.constexpr,
 
 
 @gluon.jit
-def _values(p, acc, v_smem, slot, D: gl.constexpr, BN: gl.constexpr, FP8: gl.constexpr):
+def _values(p, acc, v_smem, slot, D: gl.constexpr, BN: gl.constexpr,
+            O_L: gl.constexpr, FP8: gl.constexpr):  # fmt: skip
     """Starts the products of the weights and the values of this slot."""
     if FP8:
         v = v_smem.index(slot).reshape([D, BN]).permute((1, 0))
         # Hopper's own fp8 accumulator keeps about 14 bits: each tile starts a new one.
-        started = warpgroup_mma(p, v, acc * 0, use_acc=False, is_async=True)
+        zero = gl.zeros([ROWS, D], gl.float32, O_L)
+        started = warpgroup_mma(p, v, zero, use_acc=False, is_async=True)
     else:
         v = v_smem.index(slot).reshape([BN, D])
         started = warpgroup_mma(p, v, acc, is_async=True)
@@ -145,7 +147,7 @@ def _step(
     scores_started = _scores(q, k_smem, k_ready, slot, phase, D, BN, S_L, INT8)
     if not VALID:
         mbarrier.wait(v_ready.index(last), last_phase)
-    values_started = _values(p, acc, v_smem, last, D, BN, FP8)
+    values_started = _values(p, acc, v_smem, last, D, BN, O_L, FP8)
     if PINGPONG:
         mbarrier.arrive(turns.index(1 - W))
         turn ^= 1
@@ -259,7 +261,7 @@ def _consume(
         mbarrier.wait(v_ready.index(slot), phase)
         if VALID and not FP8:
             zero_from(v_smem.index(slot).reshape([BN, D]), real, BN, D)
-        started = _values(p, acc, v_smem, slot, D, BN, FP8)
+        started = _values(p, acc, v_smem, slot, D, BN, O_L, FP8)
         product = warpgroup_mma_wait(0, [started])
         if MERGED:
             mbarrier.arrive(k_empty.index(slot))
@@ -268,8 +270,8 @@ def _consume(
         slot, phase = advance(slot, phase, STAGES)
         if FP8:
             product += acc * alpha[:, None]
-        divisor = gl.where(total > 0, total, 1.0)
-        out = product / gl.convert_layout(divisor, gl.SliceLayout(1, O_L))[:, None]
+        share = 1.0 / gl.where(total > 0, total, 1.0)
+        out = product * gl.convert_layout(share, gl.SliceLayout(1, O_L))[:, None]
         if FP8:
             columns = gl.arange(0, D, gl.SliceLayout(0, O_L))
             out *= gl.load(v_scale_ptr + head * D + columns)[None, :]

@@ -178,9 +178,8 @@ def weights_of(scores, factor, shift, P: gl.constexpr, number: gl.constexpr,
     """
     p = exp2_of(scores * factor - shift[:, None], EMULATE)
     total = gl.sum(p, 1)
-    p = p.to(number)
     if number == gl.float8e4nv:
         KEYS: gl.constexpr = p.shape[1]
         groups = p.reshape([p.shape[0], KEYS // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4))
         p = groups.reshape([p.shape[0], KEYS])
-    return gl.convert_layout(p, P), total
+    return gl.convert_layout(p, P).to(number), total
