@@ -17,6 +17,7 @@ FAMILIES = {
     "FluxTransformer2DModel": "vdit_sparse.pipelines.flux",
     "HunyuanVideo15Transformer3DModel": "vdit_sparse.pipelines.hunyuan_video15",
     "HunyuanVideoTransformer3DModel": "vdit_sparse.pipelines.hunyuan_video",
+    "Kandinsky5Transformer3DModel": "vdit_sparse.pipelines.kandinsky5",
     "MochiTransformer3DModel": "vdit_sparse.pipelines.mochi",
     "QwenImageTransformer2DModel": "vdit_sparse.pipelines.qwen_image",
     "SkyReelsV2Transformer3DModel": "vdit_sparse.pipelines.skyreels_v2",
@@ -25,6 +26,8 @@ FAMILIES = {
 }
 # Transformer class -> why it has no sparse attention.
 REFUSED = {
+    "QwenImage21Transformer2DModel": "its text is causal, and its queries and keys are not the same "
+    "tokens",
     "SanaTransformer2DModel": "its self-attention is linear: it has no weights to leave out",
 }
 

@@ -5,7 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+)
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
@@ -15,6 +20,8 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     LlamaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
@@ -78,11 +85,37 @@ def llama_tokenizer() -> LlamaTokenizer:
     return made
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level: all bytes, and the special tokens of a chat."""
-    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+def qwen_tokenizer(*more: str) -> Qwen2Tokenizer:
+    """Byte-level: all bytes, and the special tokens of a chat; more: further tokens."""
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>", *more]
     ids = {token: number for number, token in enumerate(tokens)}
-    return Qwen2Tokenizer(vocab=ids, merges=[], model_max_length=4096)
+    made = Qwen2Tokenizer(vocab=ids, merges=[], model_max_length=4096)
+    if more:
+        made.add_special_tokens({"additional_special_tokens": [*tokens[-2 - len(more) :]]})
+    return made
+
+
+def qwen_vl_encoder(width: int = 16) -> Qwen2_5_VLForConditionalGeneration:
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 300,
+        "hidden_size": width,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": width,
+        "fullatt_block_indexes": [0],
+    }
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 def umt5_encoder() -> UMT5EncoderModel:
@@ -163,6 +196,18 @@ def image_vae(channels: int = 4, **config) -> AutoencoderKL:
         **config,
     }
     return AutoencoderKL(latent_channels=channels, **config).eval()
+
+
+def wan_vae() -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=3,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    )
+    return vae.eval()
 
 
 def flow(**config) -> FlowMatchEulerDiscreteScheduler:
