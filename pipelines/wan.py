@@ -1,17 +1,9 @@
-"""Wan 2.1 and 2.2 (T2V, I2V, TI2V): the processor, the grid, the presets and the pipelines."""
-
-from collections.abc import Mapping
+"""Wan 2.1 and 2.2 (T2V, I2V, TI2V): the layers, the presets and the pipelines."""
 
 import diffusers
 import torch
-from diffusers.models.transformers.transformer_wan import (
-    WanAttention,
-    WanAttnProcessor,
-    _get_qkv_projections,
-)
-from torch import Tensor
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from vdit_sparse.grid import Grid
 from vdit_sparse.methods import (
     AdaSpaAttention,
     DraftAttention,
@@ -22,54 +14,7 @@ from vdit_sparse.methods import (
 )
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
 from vdit_sparse.pipelines.families import Family
-from vdit_sparse.pipelines.processor import SparseAttnProcessor
-
-
-class WanSparseAttnProcessor(SparseAttnProcessor):
-    """Self-attention of a Wan block: as `WanAttnProcessor`, but for the attention itself."""
-
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("Wan's self-attention takes neither encoder states nor a mask.")
-        query, key, value = query_key_value(attn, hidden_states, rotary_emb)
-        hidden_states = self.attend(query, key, value).flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](hidden_states))
-
-
-def query_key_value(
-    attn: WanAttention, hidden_states: Tensor, rotary_emb: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys (after norm and RoPE) and values of a self-attention layer, `[B, S, H, D]`."""
-    query, key, value = _get_qkv_projections(attn, hidden_states, None)
-    query, key = attn.norm_q(query), attn.norm_k(key)
-    query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
-    if rotary_emb is not None:
-        query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
-    return query, key, value
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on interleaved pairs: x `[B, S, H, D]`; cos, sin `[1, S, 1, D]`, each value twice."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    out = torch.empty_like(x)
-    out[..., 0::2] = even * cos - odd * sin
-    out[..., 1::2] = even * sin + odd * cos
-    return out
-
-
-def _grid(transformer: torch.nn.Module, arguments: Mapping[str, object]) -> Grid:
-    """Latent tokens of `hidden_states [B, C, F, H, W]` after patching."""
-    sizes = arguments["hidden_states"].shape[2:]
-    patches = transformer.config.patch_size
-    return Grid(*(size // patch for size, patch in zip(sizes, patches, strict=True)))
+from vdit_sparse.pipelines.wan_attention import WanSparseAttnProcessor, latent_grid
 
 
 def _layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -131,7 +76,7 @@ PRESETS = {
     "rettention-mini": RettentionAttention(density=0.1, block=64, dense_steps=4, refresh=4),
 }
 
-FAMILY = Family({WanAttnProcessor: WanSparseAttnProcessor}, _layers, _grid, presets=PRESETS)
+FAMILY = Family({WanAttnProcessor: WanSparseAttnProcessor}, _layers, latent_grid, presets=PRESETS)
 
 
 class WanPipeline(SparsePipelineMixin, diffusers.WanPipeline):

@@ -1,11 +1,19 @@
 """Wan 2.1 and 2.2."""
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from tests.tiny_models.parts import CALL, Tiny, encoding_once, flow, t5_tokenizer, umt5_encoder
+from tests.tiny_models.parts import (
+    CALL,
+    Tiny,
+    encoding_once,
+    flow,
+    t5_tokenizer,
+    umt5_encoder,
+    wan_vae,
+)
 from vdit_sparse.pipelines.wan import WanImageToVideoPipeline, WanPipeline
 
 # 5 x 8 x 8 = 320 tokens: five blocks of 64.
@@ -64,10 +72,12 @@ def wan_i2v_call() -> dict:
     return {**WAN_CALL, "image": ORANGE, "max_sequence_length": 512}
 
 
-def wan_transformer(layers: int, head_dim: int, *, seed: int = 0, **config):
+def wan_transformer(
+    layers: int, head_dim: int, *, seed: int = 0, kind: type = WanTransformer3DModel, **config
+):
     torch.manual_seed(seed)
     config = {"in_channels": 16, "out_channels": 16, **config}
-    return WanTransformer3DModel(
+    return kind(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=head_dim,
@@ -82,18 +92,10 @@ def wan_transformer(layers: int, head_dim: int, *, seed: int = 0, **config):
 
 
 def _parts() -> dict:
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(
-        base_dim=3,
-        z_dim=16,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-    )
     return {
         "tokenizer": t5_tokenizer(),
         "text_encoder": umt5_encoder(),
-        "vae": vae.eval(),
+        "vae": wan_vae(),
         "scheduler": flow(shift=7.0),
     }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vdit_sparse.pipelines.mini.training.clips import ClipShape
 from vdit_sparse.pipelines.mini.training.pacing import report
 from vdit_sparse.pipelines.mini.training.sample import Sampling, generate
-from vdit_sparse.pipelines.wan import query_key_value
+from vdit_sparse.pipelines.wan_attention import query_key_value
 
 BLOCK = 64
 SHARES = (0.10, 0.25, 0.50)

@@ -30,7 +30,7 @@ from vdit_sparse.pipelines.mini.training.structure import (
     measure,
     table,
 )
-from vdit_sparse.pipelines.wan import query_key_value
+from vdit_sparse.pipelines.wan_attention import query_key_value
 
 SIZE = ["--height", "32", "--width", "64", "--frames", "5", "--device", "cpu"]
 
