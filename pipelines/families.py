@@ -26,7 +26,7 @@ FAMILIES = {
 }
 # Transformer class -> why it has no sparse attention.
 REFUSED = {
-    "QwenImage21Transformer2DModel": "its text is causal, and its queries and keys are not the same "
+    "QwenImage21Transformer2DModel": "its text is causal, and queries and keys are not the same "
     "tokens",
     "SanaTransformer2DModel": "its self-attention is linear: it has no weights to leave out",
 }
