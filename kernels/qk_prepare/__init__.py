@@ -6,7 +6,7 @@
 `reference.py` is the specification in plain torch and rounds where diffusers rounds; `triton.py` is
 the path of GPUs: it reads each row once and writes it once, where diffusers' own operations do so
 three times each. The functions for a model family take tensors only, so that its processor can call
-them in the place of its norms and rotations.
+them in the place of its norms and rotations. `blocks.py` adds block means and 8 bits.
 """
 
 import torch
@@ -77,14 +77,14 @@ def prepare(
     autograd. One opaque operator for torch.compile.
     """
     backends.check_name(BACKENDS, backend)
-    _check_rows(x, weight, "x", "weight")
+    check_rows(x, weight, "x", "weight")
     tokens = x.shape[1]
     if (tail is None) != (tail_weight is None):
         raise ValueError("tail and tail_weight belong together: give both or neither.")
     if tail is not None:
         _check_tail(x, weight, tail, tail_weight)
         tokens += tail.shape[1]
-    cos, sin = _tables(x, rotary)
+    cos, sin = checked_tables(x, rotary)
     _check_places(x, tokens, back, slots)
     check_inference("prepare", x=x, weight=weight)
     return _prepare(
@@ -223,7 +223,8 @@ def _(x, back, backend):
     return x.new_empty(x.shape[0], tokens, x.shape[1] * x.shape[3])
 
 
-def _check_rows(x: Tensor, weight: Tensor, name: str, weight_name: str) -> None:
+def check_rows(x: Tensor, weight: Tensor, name: str, weight_name: str) -> None:
+    """Raises unless x `[B, S, H, D]` and the weight of its norm are what `prepare` takes."""
     if x.ndim != 4 or x.numel() == 0 or x.shape[3] % 2:
         raise ValueError(
             f"{name} must be [B, S, H, D] with an even D, not empty; got {tuple(x.shape)}."
@@ -243,7 +244,7 @@ def _check_rows(x: Tensor, weight: Tensor, name: str, weight_name: str) -> None:
 
 
 def _check_tail(x: Tensor, weight: Tensor, tail: Tensor, tail_weight: Tensor) -> None:
-    _check_rows(tail, tail_weight, "tail", "tail_weight")
+    check_rows(tail, tail_weight, "tail", "tail_weight")
     same = (tail.shape[0], *tail.shape[2:]) == (x.shape[0], *x.shape[2:])
     if not same or tail.dtype != x.dtype or tail_weight.shape != weight.shape:
         raise ValueError(
@@ -254,8 +255,8 @@ def _check_tail(x: Tensor, weight: Tensor, tail: Tensor, tail_weight: Tensor) ->
     check_device(tail, "tail", x, "x")
 
 
-def _tables(x: Tensor, rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None]:
-    """cos and sin as `[R, D]`."""
+def checked_tables(x: Tensor, rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None]:
+    """cos and sin as `[R, D]`, or two of None. Raises unless they are what `prepare` takes."""
     if rotary is None:
         return None, None
     D = x.shape[3]

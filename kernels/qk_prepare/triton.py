@@ -121,7 +121,7 @@ def _launch(x, weight, cos, sin, first, out, back, eps, round_first) -> None:
             0 if cos is None else cos.stride(0), 0 if sin is None else sin.stride(0),
             _head_stride(back), out.stride(0),
             S, first, 0 if cos is None else cos.shape[0], out.shape[1], H, eps,
-            ACROSS=weight.numel() == H * D, ROUND_FIRST=round_first, **_tile(H, D),
+            ACROSS=weight.numel() == H * D, ROUND_FIRST=round_first, **tile_of_heads(H, D),
         )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def merge_heads(x: Tensor, back: Tensor | None) -> Tensor:
     with torch.cuda.device_of(x):
         merge_tokens[(B * tokens,)](
             x.view(bits), back, out.view(bits), *x.stride()[:3], _head_stride(back),
-            tokens, slots, H, **_tile(H, D),
+            tokens, slots, H, **tile_of_heads(H, D),
         )  # fmt: skip
     return out
 
@@ -149,7 +149,7 @@ def _head_stride(back: Tensor | None) -> int:
     return back.stride(0) if back is not None and back.ndim == 2 else 0
 
 
-def _tile(H: int, D: int) -> dict[str, int]:
+def tile_of_heads(H: int, D: int) -> dict[str, int]:
     heads, width = triton.next_power_of_2(H), max(2, triton.next_power_of_2(D))
     warps = heads * width // (32 * NUMBERS_A_THREAD)
     return {"D": D, "BH": heads, "BD": width, "num_warps": min(8, max(1, warps))}

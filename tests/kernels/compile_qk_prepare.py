@@ -1,5 +1,5 @@
 """Compiles the kernels of `qk_prepare` for GPUs that are not there; run by test_qk_prepare.py in a
-process without TRITON_INTERPRET. Prints one JSON list of resources: the widest kernel for every
+process without TRITON_INTERPRET. Prints one JSON list of resources: the widest kernels for every
 architecture, the others for the H200's."""
 
 import json
@@ -10,8 +10,10 @@ import triton
 from triton.compiler import ASTSource
 
 from tests.kernels.compile_kernels import ARCHITECTURES, _amd, _nvidia, _target
-from vdit_sparse.kernels.qk_prepare.triton import _tile, merge_tokens, prepare_tokens
+from vdit_sparse.kernels.qk_prepare.blocks_triton import WARPS, inverse_norms, prepare_tiles
+from vdit_sparse.kernels.qk_prepare.triton import merge_tokens, prepare_tokens, tile_of_heads
 
+QUANTIZED = ("values_ptr", "scale_ptr", "shift_ptr")
 # Name -> kernel, heads of 128, constants that make the variant.
 VARIANTS = {
     "wan": (prepare_tokens, 40, {"ACROSS": True, "ROUND_FIRST": False, "back_ptr": None}),
@@ -22,14 +24,34 @@ VARIANTS = {
         {"ACROSS": False, "ROUND_FIRST": True, "cos_ptr": None, "sin_ptr": None},
     ),
     "merge": (merge_tokens, 40, {}),
+    "norms": (inverse_norms, 40, {}),
+    "means": (
+        prepare_tiles,
+        24,
+        {"ROUND_FIRST": True, **dict.fromkeys(("norm_ptr", "mean_ptr", *QUANTIZED))},
+    ),
+    "queries": (
+        prepare_tiles,
+        40,
+        {"ROUND_FIRST": False, "rows_ptr": None, "means_ptr": None},
+    ),
+    "keys": (
+        prepare_tiles,
+        24,
+        {"ROUND_FIRST": True, **dict.fromkeys(("norm_ptr", "rows_ptr", "means_ptr", "shift_ptr"))},
+    ),
 }
+FP32 = ("cos_ptr", "sin_ptr", "norm_ptr", "mean_ptr", "means_ptr", "scale_ptr", "shift_ptr")
 
 
 def compile_variant(name: str, arch: str) -> dict:
     """Registers and spilled bytes of a thread, and bytes moved by a wide load or not."""
     kernel, heads, constants = VARIANTS[name]
-    options = _tile(heads, 128)
+    options = tile_of_heads(heads, 128)
     warps = options.pop("num_warps")
+    if kernel is prepare_tiles:
+        options = {"D": 128, "BD": 128, "ROWS": 128, "LARGEST": 127}
+        warps = WARPS
     constants = {**constants, **options}
     names = kernel.arg_names
     signature = {each: _type(each, name) for each in names} | dict.fromkeys(constants, "constexpr")
@@ -55,11 +77,13 @@ def compile_variant(name: str, arch: str) -> dict:
 
 def _type(name: str, variant: str) -> str:
     if not name.endswith("_ptr"):
-        return "fp32" if name == "eps" else "i32"
-    if name == "back_ptr":
+        return "fp32" if name in ("eps", "smallest") else "i32"
+    if name in ("back_ptr", "order_ptr"):
         return "*i64"
-    if name in ("cos_ptr", "sin_ptr"):
+    if name in FP32 or (variant == "norms" and name == "out_ptr"):
         return "*fp32"
+    if name == "values_ptr":
+        return "*i8"
     return "*i16" if variant == "merge" else "*bf16"
 
 
@@ -69,6 +93,6 @@ if __name__ == "__main__":
         compile_variant(name, arch)
         for arch in architectures
         for name in VARIANTS
-        if name == "wan" or arch == "sm_90"
+        if name in ("wan", "queries") or arch == "sm_90"
     ]
     print(json.dumps(rows))

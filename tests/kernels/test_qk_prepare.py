@@ -22,6 +22,7 @@ from vdit_sparse.kernels.qk_prepare import (
 from vdit_sparse.kernels.reorder import inverse, reorder
 
 EPS = 1e-6
+TOKENS = ("wan", "hunyuan", "text", "merge", "norms")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -281,5 +282,5 @@ def test_compiles_everywhere():
     assert {row["arch"] for row in rows} == set(ARCHITECTURES)
     for row in rows:
         assert row["spilled_bytes"] == 0 and row["wide"], row
-        # Sums over heads go through shared memory, numbers do not.
-        assert row["shared"] <= 4096, row
+        # Sums go through shared memory, in the kernels of one token numbers do not.
+        assert row["shared"] <= (4096 if row["variant"] in TOKENS else 66 * 1024), row
