@@ -27,3 +27,13 @@ TINY = {
     **wan.TINY,
     **wan_vace.TINY,
 }
+
+# Those whose layers are another entry's, fed otherwise: they run one method, and are not saved.
+VARIANTS = {
+    "cogvideox-1.5",
+    "flux-guided",
+    "flux-fill",
+    "hunyuan-video-guided",
+    "hunyuan-video-latent-concat",
+    "wan-ti2v",
+}
