@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.tiny_models.qwen_image import qwen_image_transformer
-from vdit_sparse import AdaSpaAttention, RadialAttention, apply, remove, summary
+from vdit_sparse import DraftAttention, RadialAttention, apply, remove, summary
 from vdit_sparse.grid import Grid
 from vdit_sparse.pipelines.families import family_of
 
@@ -41,12 +41,12 @@ def test_references_are_text_and_layers_are_frames(config, sizes, grid):
         given["additional_t_cond"] = torch.zeros(2, dtype=torch.long)
     assert family_of(transformer).grid(transformer, given) == grid
     stock = transformer(**given)[0]
-    apply(transformer, AdaSpaAttention(dense_steps=10))
+    apply(transformer, DraftAttention(dense_steps=10))
     assert torch.equal(transformer(**given)[0], stock)
-    sparse = {"dense_steps": 0, "block": 64, "head_adaptive": False}
-    apply(transformer, AdaSpaAttention(density=1.0, **sparse))
+    sparse = {"dense_steps": 0, "block": 64}
+    apply(transformer, DraftAttention(density=1.0, **sparse))
     torch.testing.assert_close(transformer(**given)[0], stock, atol=2e-5, rtol=0)
-    apply(transformer, AdaSpaAttention(density=0.5, **sparse))
+    apply(transformer, DraftAttention(density=0.5, **sparse))
     assert not torch.equal(transformer(**given)[0], stock)
     assert 0 < summary(transformer).sparse_density < 1
     remove(transformer)
