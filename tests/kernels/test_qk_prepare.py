@@ -272,10 +272,12 @@ def test_reasons_to_leave_it_to_diffusers(device):
     assert "not fp32" in why_not(x, weight, tuple(t.bfloat16() for t in rotary))
 
 
-def test_compiles_everywhere():
+@pytest.mark.parametrize("words", [(), pytest.param(("all",), marks=pytest.mark.slow)], ids=str)
+def test_compiles_everywhere(words):
     script = str(Path(__file__).with_name("compile_qk_prepare.py"))
     root = Path(__file__).parents[2]
     command = ["env", "-u", "TRITON_INTERPRET", f"PYTHONPATH={root}", sys.executable, script]
+    command += words
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.splitlines()[-1])
