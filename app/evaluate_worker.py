@@ -53,7 +53,7 @@ class Worker:
         own = protocol_of(self.pipe, request, self.settings, chosen, self._baseline())
         self.store = Store(request.out, name)
         try:
-            agreed = self.store.agree(own)
+            agreed = self._agree(own)
         except BaseException:
             self.store.close()
             raise
@@ -85,6 +85,15 @@ class Worker:
         keys = (self.evaluation.key(sample, trial) for trial in self.request.trials)
         return sum(key in self.evaluation.rows for key in keys)
 
+    def _agree(self, own: dict) -> dict:
+        """The folder's protocol, with the baseline of the process that wrote it: of several that
+        start at once each may find another one, where two backends are nearly as fast."""
+        found = self.store.first(own)
+        if self.request.model.dense_backend is None:
+            set_backend(self.pipe, found["baseline"]["backend"])
+            own = {**own, "baseline": found["baseline"]}
+        return self.store.agree(own)
+
     def _baseline(self) -> Baseline:
         """What the command or the folder says, or else the fastest."""
         asked, file = self.request.model.dense_backend, self.request.out / PROTOCOL
@@ -96,9 +105,7 @@ class Worker:
             found = find_baseline(self.pipe, {**first, "seed": 0})
             self.progress("looking for the fastest dense attention", 1, 1)
             return found
-        backend = read_protocol(self.request.out)["baseline"]["backend"]
-        set_backend(self.pipe, backend)
-        return Baseline(backend, {}, {})
+        return Baseline(read_protocol(self.request.out)["baseline"]["backend"], {}, {})
 
     def _make(self, prompt: Prompt, seed: int, trial: Trial) -> tuple[Tensor, dict]:
         inputs = {**self._inputs(prompt), "seed": seed}

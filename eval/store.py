@@ -54,13 +54,17 @@ class Store:
         except OSError as error:
             raise StoreError(f"Cannot write to {folder} ({error.strerror}).") from error
 
-    def agree(self, protocol: Mapping) -> dict:
-        """The folder's protocol, which is this one if there was none. Raises StoreError, with what
-        differs, if the folder has another."""
+    def first(self, protocol: Mapping) -> dict:
+        """The folder's protocol, which is this one if there was none."""
         file = self.folder / PROTOCOL
         if not file.exists():
             _create(file, json.dumps(protocol, indent=2, ensure_ascii=False) + "\n", self.worker)
-        found = read_protocol(self.folder)
+        return read_protocol(self.folder)
+
+    def agree(self, protocol: Mapping) -> dict:
+        """The folder's protocol, as `first`. Raises StoreError, with what differs, if it is not
+        this one."""
+        found = self.first(protocol)
         differing = differences(found, protocol)
         if differing:
             raise StoreError(

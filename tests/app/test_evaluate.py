@@ -17,8 +17,9 @@ from PIL import Image
 from vdit_sparse.app.evaluate_report import difference, read_frames
 from vdit_sparse.app.evaluate_request import parse_part
 from vdit_sparse.app.options import InputError
+from vdit_sparse.eval.baseline import Baseline
 from vdit_sparse.eval.denoise import run
-from vdit_sparse.eval.store import read_protocol, read_rows
+from vdit_sparse.eval.store import digest, read_protocol, read_rows
 
 SMALL = ["--size", "96x96", "--num-frames", 5, "--steps", 2, "--device", "cpu", "--dtype", "fp32"]
 # 2 x 6 x 6 tokens are two blocks, of which each row keeps one.
@@ -116,6 +117,29 @@ def test_other_settings_do_not_mix(cli, words, tmp_path):
     both = cli("eval", "report", tmp_path / "out", tmp_path / "other")
     assert both.exit_code == 2 and "different protocols (settings.guidance_scale" in both.stderr
     assert not (tmp_path / "out" / "report").exists()
+
+
+def test_of_processes_that_start_at_once_one_chooses_the_baseline(
+    cli, words, tmp_path, monkeypatch
+):
+    """Another one writes the protocol while this one still times dense attention."""
+    assert cli(*words, "--dense-backend", "native").exit_code == 0
+    protocol = read_protocol(tmp_path / "out")
+    protocol["baseline"]["backend"] = "_native_math"
+    other = tmp_path / "other"
+
+    def found(pipe, inputs):
+        other.mkdir(exist_ok=True)
+        (other / "protocol.json").write_text(json.dumps(protocol))
+        return Baseline("native", {"native": 1.0}, {})
+
+    monkeypatch.setattr("vdit_sparse.app.evaluate_worker.find_baseline", found)
+    result = cli(*words, "--out", other)
+    assert result.exit_code == 0, result.output
+    assert read_protocol(other) == protocol
+    assert {row["protocol"] for row in read_rows(other)} == {digest(protocol)}
+    refused = cli(*words, "--out", other, "--dense-backend", "native")
+    assert refused.exit_code == 2 and "baseline.backend: _native_math and native" in refused.stderr
 
 
 def test_what_fails_costs_its_sample_and_is_tried_again(cli, words, tmp_path, monkeypatch):

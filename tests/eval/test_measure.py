@@ -1,0 +1,79 @@
+"""Which metrics are chosen for a suite, and the figures of one clip."""
+
+import pytest
+import torch
+
+from vdit_sparse.eval.judge import FOLDER
+from vdit_sparse.eval.measure import Chosen, Measure, choose
+from vdit_sparse.eval.metrics import ALL_METRICS, psnr, ssim
+from vdit_sparse.eval.suite import Prompt, Suite, read_suite
+
+PLAIN = Suite("plain", (Prompt("a cat"),))
+CLIP = torch.randint(0, 255, (3, 3, 24, 24), generator=torch.Generator().manual_seed(0)).byte()
+
+
+def test_all_that_can_run_is_chosen_and_the_rest_has_a_reason():
+    chosen = choose(None, PLAIN)
+    assert {"psnr", "ssim"} <= set(chosen.names)
+    assert set(chosen.names) | set(chosen.left_out) == set(ALL_METRICS)
+    for name in chosen.names:
+        assert ALL_METRICS[name].unavailable() is None
+    assert "are not kept" in chosen.left_out["latent_error"] and chosen.judge is None
+    assert "does not say what its prompts show" in chosen.left_out["adherence"]
+
+
+def test_names_choose_and_are_checked():
+    assert choose(["ssim", "psnr"], PLAIN) == Chosen(("ssim", "psnr"), {})
+    with pytest.raises(ValueError, match="There is no metric 'pnsr'; there are: psnr, ssim"):
+        choose(["pnsr"], PLAIN)
+    with pytest.raises(ValueError, match="latent_error cannot be measured: .*are not kept"):
+        choose(["latent_error"], PLAIN)
+
+
+def test_a_clip_has_its_figures(device):
+    measure = Measure(Chosen(("psnr", "ssim", "temporal_flickering"), {}), device)
+    other = (CLIP // 2).contiguous()
+    row = measure(other, CLIP, PLAIN.prompts[0])
+    assert row["metrics"]["psnr"] == pytest.approx(psnr(other, CLIP))
+    assert row["metrics"]["ssim"] == pytest.approx(ssim(other, CLIP))
+    assert row["unmeasured"] == {} == row["adherence"]
+    alone = measure(other, None, PLAIN.prompts[0])
+    assert set(alone["metrics"]) == {"temporal_flickering"}
+
+
+def test_what_cannot_be_measured_says_why():
+    measure = Measure(Chosen(("psnr", "ssim"), {}), torch.device("cpu"))
+    row = measure(CLIP[..., :8, :8], CLIP[..., :8, :8], PLAIN.prompts[0])
+    assert row["metrics"] == {"psnr": 100.0}
+    assert "at least 11 x 11 pixels" in row["unmeasured"]["ssim"]
+
+
+def test_a_value_that_is_no_number_is_none(monkeypatch):
+    class Broken:
+        takes = ("video",)
+
+        def __call__(self, video):
+            return float("nan")
+
+    monkeypatch.setitem(ALL_METRICS, "broken", Broken())
+    row = Measure(Chosen(("broken",), {}), torch.device("cpu"))(CLIP, None, PLAIN.prompts[0])
+    assert row["metrics"] == {} and row["unmeasured"] == {"broken": "the value is nan"}
+
+
+def test_adherence_is_counted_where_the_suite_says_what_is_shown():
+    suite = read_suite("mini")
+    chosen = choose(["psnr"], suite)
+    assert (chosen.judge is None) == ("the judge's adherence" in chosen.left_out)
+    assert (chosen.judge is None) == (not (FOLDER / "config.json").exists())
+    checks = Measure(Chosen(("psnr",), {}), torch.device("cpu"))
+    still = CLIP[:1].expand(8, -1, -1, -1).contiguous()
+    # One coloured thing that goes to one side: both checks apply, and nothing moves.
+    prompt = next(
+        each
+        for each in suite.prompts
+        if len(each.shows.items) == 1
+        and each.shows.items[0].motion in ("left", "right", "up", "down")
+        and each.shows.items[0].colour
+    )
+    found = checks(still, None, prompt)["adherence"]
+    assert found == {"direction by centroid": [0, 1], "colour by hue": [0, 1]}
