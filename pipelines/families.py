@@ -12,13 +12,18 @@ from vdit_sparse.method import SparseAttention
 
 # Transformer class -> module that holds its `FAMILY`; imported on demand.
 FAMILIES = {
+    "AllegroTransformer3DModel": "vdit_sparse.pipelines.allegro",
     "CogVideoXTransformer3DModel": "vdit_sparse.pipelines.cogvideox",
     "CosmosTransformer3DModel": "vdit_sparse.pipelines.cosmos",
+    "Flux2Transformer2DModel": "vdit_sparse.pipelines.flux2",
     "FluxTransformer2DModel": "vdit_sparse.pipelines.flux",
+    "HunyuanDiT2DModel": "vdit_sparse.pipelines.hunyuan_dit",
     "HunyuanVideo15Transformer3DModel": "vdit_sparse.pipelines.hunyuan_video15",
     "HunyuanVideoTransformer3DModel": "vdit_sparse.pipelines.hunyuan_video",
     "Kandinsky5Transformer3DModel": "vdit_sparse.pipelines.kandinsky5",
+    "LTXVideoTransformer3DModel": "vdit_sparse.pipelines.ltx_video",
     "MochiTransformer3DModel": "vdit_sparse.pipelines.mochi",
+    "PixArtTransformer2DModel": "vdit_sparse.pipelines.pixart",
     "QwenImageTransformer2DModel": "vdit_sparse.pipelines.qwen_image",
     "SkyReelsV2Transformer3DModel": "vdit_sparse.pipelines.skyreels_v2",
     "WanTransformer3DModel": "vdit_sparse.pipelines.wan",

@@ -14,7 +14,7 @@ from vdit_sparse.grid import Grid
 from vdit_sparse.methods import PAROAttention
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
 from vdit_sparse.pipelines.families import Arguments, Family
-from vdit_sparse.pipelines.images import refuses_images
+from vdit_sparse.pipelines.images import grid_of_ids, refuses_images
 from vdit_sparse.pipelines.processor import SparseAttnProcessor
 from vdit_sparse.pipelines.projections import joined
 
@@ -61,19 +61,8 @@ def _joint(
 
 
 def _grid(transformer: torch.nn.Module, arguments: Arguments) -> Grid:
-    """The target's rows and columns, read off `img_ids` `[S, 3]` (image, row, column): reference
-    images (Kontext) follow it with another first number and count as text, as the prompt does."""
-    ids = arguments["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
-    own = ids[:, 0] == 0
-    last = ids.float().masked_fill(~own[:, None], 0).amax(0)
-    tokens, height, width = torch.stack([own.sum().float() - 1, last[1], last[2]]).int().tolist()
-    tokens, height, width = tokens + 1, height + 1, width + 1
-    if tokens != height * width:
-        raise ValueError(
-            f"img_ids must list the image row by row, got {tokens} tokens for {height} x {width}."
-        )
-    return Grid(1, height, width, _lead(transformer, arguments) + len(ids) - tokens)
+    """The target's rows and columns; reference images (Kontext) count as text."""
+    return grid_of_ids(arguments["img_ids"], _lead(transformer, arguments))
 
 
 def _lead(transformer: torch.nn.Module, arguments: Arguments) -> int:

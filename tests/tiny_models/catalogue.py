@@ -1,13 +1,18 @@
 """All tiny pipelines by name, each a function that builds one."""
 
 from tests.tiny_models import (
+    allegro,
     cogvideox,
     cosmos,
     flux,
+    flux2,
+    hunyuan_dit,
     hunyuan_video,
     hunyuan_video15,
     kandinsky5,
+    ltx_video,
     mochi,
+    pixart,
     qwen_image,
     skyreels_v2,
     wan,
@@ -15,13 +20,18 @@ from tests.tiny_models import (
 )
 
 TINY = {
+    **allegro.TINY,
     **cogvideox.TINY,
     **cosmos.TINY,
     **flux.TINY,
+    **flux2.TINY,
+    **hunyuan_dit.TINY,
     **hunyuan_video.TINY,
     **hunyuan_video15.TINY,
     **kandinsky5.TINY,
+    **ltx_video.TINY,
     **mochi.TINY,
+    **pixart.TINY,
     **qwen_image.TINY,
     **skyreels_v2.TINY,
     **wan.TINY,
