@@ -1,13 +1,14 @@
 """What every model family promises: the same numbers as stock diffusers, and every method on it."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
 from tests.pipelines.family_cases import method_for
-from tests.tiny_models.catalogue import TINY
+from tests.tiny_models.catalogue import TINY, VARIANTS
 from tests.tiny_models.parts import Tiny
 from vdit_sparse import METHODS, AdaSpaAttention, apply, load_pipeline, remove, summary
 from vdit_sparse.pipelines.families import DENOISERS, family_of
@@ -15,6 +16,9 @@ from vdit_sparse.pipelines.processor import SparseAttnProcessor
 from vdit_sparse.pipelines.report import Summary
 
 DENSE = AdaSpaAttention(dense_steps=10_000)
+OWN = [name for name in TINY if name not in VARIANTS]
+METHOD_RUNS = [(entry, name) for entry in OWN for name in METHODS]
+METHOD_RUNS += [(entry, "adaspa") for entry in TINY if entry in VARIANTS]
 pytestmark = pytest.mark.filterwarnings("ignore::vdit_sparse.calibration.CalibrationWarning")
 
 
@@ -37,9 +41,9 @@ def run(pipe: DiffusionPipeline, call: dict) -> torch.Tensor:
     return torch.stack(list(out))
 
 
-@pytest.fixture(scope="module", params=TINY)
-def built(request) -> Case:
-    tiny = TINY[request.param]()
+@cache
+def build(name: str) -> Case:
+    tiny = TINY[name]()
     stock = run(tiny.pipe, tiny.call)
     queries = []
     layer = next(iter(layers_of(tiny.pipe)))
@@ -54,10 +58,11 @@ def built(request) -> Case:
     return Case(tiny, stock, done, queries[0])
 
 
-@pytest.fixture
-def case(built):
-    yield built
-    remove(built.tiny.pipe)
+@pytest.fixture(params=TINY)
+def case(request):
+    made = build(request.param)
+    yield made
+    remove(made.tiny.pipe)
 
 
 def layers_of(pipe) -> list[torch.nn.Module]:
@@ -104,7 +109,7 @@ def test_all_blocks_kept_equals_stock_at_odd_sizes_and_with_unequal_prompts(case
     assert summary(case.tiny.pipe).sparse_density == 1.0
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("case", "name"), METHOD_RUNS, indirect=["case"])
 def test_every_method_runs_twice_the_same_or_says_why_not(case, name, tmp_path):
     method = method_for(name, case.dense, case.heads, tmp_path)
     if name in case.tiny.refused:
@@ -121,6 +126,7 @@ def test_every_method_runs_twice_the_same_or_says_why_not(case, name, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("case", OWN, indirect=True)
 def test_saved_with_a_method_on_it_and_loaded_it_is_stock_again(case, tmp_path):
     apply(case.tiny.pipe, DENSE)
     case.tiny.pipe.save_pretrained(tmp_path)

@@ -83,4 +83,6 @@ def test_a_dense_call_masks_the_padding_too(device):
     out = outputs("radial", (q, k, v), kv_len, dense_layers=2)[0]
     alone = (x[1:, :, : KV_LEN[1]].double() for x in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(*alone)
-    torch.testing.assert_close(out[1:, :, : KV_LEN[1]].double(), expected, atol=1e-5, rtol=0)
+    # Dense fp32 attention may multiply in tf32 on a GPU.
+    atol = 1e-5 if device.type == "cpu" else 5e-3
+    torch.testing.assert_close(out[1:, :, : KV_LEN[1]].double(), expected, atol=atol, rtol=0)
