@@ -1,0 +1,80 @@
+"""LTX-Video where tokens of conditions stand beside the video."""
+
+import pytest
+import torch
+from diffusers import LTXEulerAncestralRFScheduler
+
+from tests.tiny_models.ltx_video import RED, TINY, parts
+from tests.tiny_models.parts import CALL
+from vdit_sparse import AdaSpaAttention, RadialAttention, apply, remove, summary
+from vdit_sparse.grid import Grid
+from vdit_sparse.pipelines.ltx_video import LTXI2VLongMultiPromptPipeline
+from vdit_sparse.pipelines.video_coords import find_video
+
+DENSE = RadialAttention(dense_steps=10_000)
+SPARSE = AdaSpaAttention(block=64, density=0.5, dense_steps=0)
+
+
+def run(pipe, call) -> torch.Tensor:
+    return pipe(**call, generator=torch.Generator().manual_seed(0))[0]
+
+
+def raster(times, height, width) -> torch.Tensor:
+    axes = (torch.tensor(times), torch.arange(height), torch.arange(width))
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+
+
+def test_conditions_before_the_video_count_as_text():
+    tiny = TINY["ltx-video-conditions"]()
+    apply(tiny.pipe, DENSE)
+    run(tiny.pipe, tiny.call)
+    assert summary(tiny.pipe).grid == Grid(4, 8, 16, text=2 * 128)
+
+
+@pytest.mark.parametrize("height", [1, 3])
+def test_a_video_is_found_among_other_tokens(height):
+    video, early, late, small = (
+        raster([0, 1, 9], height, 5),
+        raster([8], height, 5),
+        raster([9], height, 5),
+        raster([0, 1, 9], 1, 2),
+    )
+    for before, after in ([], [late, early]), ([early, late], []), ([], [late, small]):
+        grid, lead = find_video(torch.cat([*before, video, *after], dim=1))
+        tokens = sum(x.shape[1] for x in before)
+        text = tokens + sum(x.shape[1] for x in after)
+        assert (grid, lead) == (Grid(3, height, 5, text), tokens)
+    twice = torch.cat([video, video], dim=1)
+    assert find_video(twice) == (Grid(3, height, 5, 15 * height), 0)
+
+
+def test_a_frame_that_is_no_raster_is_refused():
+    with pytest.raises(ValueError, match=r"rows of one width, got \[5, 4\]"):
+        find_video(raster([0], 2, 5)[:, :-1])
+
+
+def test_long_videos_of_several_prompts():
+    pipe = LTXI2VLongMultiPromptPipeline(**{**parts(), "scheduler": LTXEulerAncestralRFScheduler()})
+    pipe.set_progress_bar_config(disable=True)
+    call = {**CALL, "prompt": "a cat | a dog", "height": 64, "width": 128, "num_frames": 41}
+    call |= {"cond_image": RED, "temporal_tile_size": 32, "temporal_overlap": 16}
+    call |= {"num_inference_steps": 3, "max_sequence_length": 16}
+    stock = run(pipe, call)
+    apply(pipe, DENSE)
+    assert torch.equal(run(pipe, call), stock)
+    # The second window of four frames has the last two of the first and the image behind it. It
+    # makes one step less than it is asked for.
+    assert summary(pipe).grid == Grid(4, 8, 16, text=3 * 128)
+    assert [(e.step, e.layer) for e in summary(pipe).entries] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    apply(pipe, SPARSE)
+    assert run(pipe, call).isfinite().all() and summary(pipe).sparse_density < 1
+    remove(pipe)
+    assert torch.equal(run(pipe, call), stock)
+
+
+def test_fused_projections():
+    tiny = TINY["ltx-video"]()
+    tiny.pipe.transformer.fuse_qkv_projections()
+    stock = run(tiny.pipe, tiny.call)
+    apply(tiny.pipe, DENSE)
+    assert torch.equal(run(tiny.pipe, tiny.call), stock)
