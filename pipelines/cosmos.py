@@ -13,7 +13,7 @@ from vdit_sparse.pipelines.attach import SparsePipelineMixin
 from vdit_sparse.pipelines.families import Arguments, Family
 from vdit_sparse.pipelines.images import refuses_images
 from vdit_sparse.pipelines.processor import SparseAttnProcessor
-from vdit_sparse.pipelines.projections import normalise, project
+from vdit_sparse.pipelines.projections import normalise, project, take_neither
 
 
 class CosmosSparseAttnProcessor(SparseAttnProcessor):
@@ -30,13 +30,12 @@ class CosmosSparseAttnProcessor(SparseAttnProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if encoder_hidden_states is not None:
-            raise ValueError("A sparse processor is for self-attention; got encoder states.")
+        take_neither(encoder_hidden_states, attention_mask)
         query, key, value = project(attn, hidden_states)
         query, key = normalise(query, key, (attn.norm_q, attn.norm_k))
         if image_rotary_emb is not None:
             query, key = (_rotate(x, image_rotary_emb) for x in (query, key))
-        out = self.attend(query, key, value, attention_mask).flatten(2, 3).type_as(query)
+        out = self.attend(query, key, value).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
 
 

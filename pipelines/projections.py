@@ -26,3 +26,9 @@ def normalise(query: Tensor, key: Tensor, norms: tuple) -> tuple[Tensor, Tensor]
 def joined(first: Triple, last: Triple) -> Triple:
     """Both sequences as one: `[B, S, H, D]` and `[B, T, H, D]` -> `[B, S + T, H, D]`."""
     return tuple(torch.cat(pair, dim=1) for pair in zip(first, last, strict=True))
+
+
+def take_neither(encoder_hidden_states: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Raises ValueError for what self-attention over all of an image or video does not take."""
+    if encoder_hidden_states is not None or attention_mask is not None:
+        raise ValueError("This self-attention takes neither encoder states nor a mask.")
