@@ -166,15 +166,19 @@ def _all_sparse(forwards: Forwards, say: Callable[[str], None]) -> list[Row]:
 
 
 def _guarded(name: str, measured: Callable[..., Row], *arguments) -> Row:
-    """The row of one variant, with the reason in the place of figures if it does not run."""
-    arguments[-1](name)
+    """The row of one variant, with the reason in the place of figures if it does not run. It is
+    told at once, should there be no time for the others."""
+    say = arguments[-1]
     try:
-        return measured(name, *arguments)
-    except (ImportError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
+        row = measured(name, *arguments)
+    # A backend, a compiler or a driver may raise anything; the other variants still count.
+    except Exception as error:
         said = " ".join(str(error).split())[:200]
+        say(f"{name}: {type(error).__name__}: {said}")
         return Row(name, error=f"{type(error).__name__}: {said}")
+    attention = "" if row.attention is None else f", attention {row.attention:.1f}"
+    say(f"{name}: {row.ms:.1f} ms{attention}")
+    return row
 
 
 def _eager(forwards: Forwards, backend: str, say: Callable[[str], None]) -> Row:

@@ -179,7 +179,7 @@ def test_lists_for_other_packages_name_every_kept_block(device):
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name != "flex"])
 def test_each_kernel_is_right_or_says_why_not(name, device):
-    problem = small_problem(device)
+    problem = small_problem(device, 150)
     masked = Masked("random", problem.mask("random", 0.4) if KERNELS[name].sparse else None)
     row, attend = checked(name, problem.tensors(), masked, lambda attend: 1.0)
     assert (row.note is None) == (attend is not None) == (row.ms == 1.0)
@@ -214,7 +214,7 @@ def test_module_by_itself(monkeypatch, capsys):
 
 def test_passes_before_attention_agree(device):
     """Each way of `--prepare` does the same to its rows, but for the order."""
-    problem = Problem(2, 40, 16, 64, torch.float32, device)
+    problem = Problem(2, 12, 16, 64, torch.float32, device)
     calls = {
         name: call for name, _, call in bench_prepare.passes(problem) if "compiled" not in name
     }
@@ -223,7 +223,7 @@ def test_passes_before_attention_agree(device):
         assert torch.allclose(calls[f"one pass, {of}"](), expected, atol=1e-5)
         moved = calls[f"one pass with an order, {of}"]()
         assert moved.sum().item() == pytest.approx(expected.sum().item(), abs=1e-2)
-    assert calls["rows back"]().shape == (1, 40, 32)
+    assert calls["rows back"]().shape == (1, 12, 32)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Compiles the kernels of `qk_prepare` for GPUs that are not there; run by test_qk_prepare.py in a
-process without TRITON_INTERPRET. Prints one JSON list of resources: the kernel of Wan's rows for every
-architecture, the others for the H200's."""
+process without TRITON_INTERPRET. Prints one JSON list of resources: the kernel of Wan's rows for
+every architecture, the others for the H200's; by hand, `all` compiles all for all."""
 
 import json
 import re

@@ -71,9 +71,9 @@ def assert_close(out, exact, dtype, units: float) -> None:
 @pytest.mark.parametrize("H, D", [(3, 16), (1, 6), (5, 64)])
 def test_against_float64(H, D, dtype, across, backend, device):
     skip_truncation(backend, dtype, device)
-    x = torch.randn(2, 9, H, D, device=device, dtype=dtype) * 3
+    x = torch.randn(2, 5, H, D, device=device, dtype=dtype) * 3
     weight = torch.randn(H * D if across else D, device=device, dtype=dtype)
-    rotary = tables(7, D, device)
+    rotary = tables(4, D, device)
     out = prepare(x, weight, rotary, eps=EPS, backend=backend)
     # Half a unit for each rounding, the first of which is turned: at most sqrt(2) / 2 of it.
     bound = 1.3 if dtype != torch.float32 else 16
@@ -160,8 +160,8 @@ def test_as_diffusers_wan(fused, dtype, backend, device, monkeypatch):
     torch.nn.init.normal_(attn.norm_k.weight)
     if fused:
         attn.fuse_projections()
-    rotary = wan_rotary(device, D, (2, 3, 4))
-    hidden = torch.randn(2, 24, H * D, device=device, dtype=dtype)
+    rotary = wan_rotary(device, D, (2, 2, 2))
+    hidden = torch.randn(2, 8, H * D, device=device, dtype=dtype)
     stock = caught(
         monkeypatch,
         transformer_wan,
@@ -197,10 +197,10 @@ def hunyuan_attention(H: int, D: int, two_streams: bool, device, dtype) -> Atten
 @pytest.mark.parametrize("two_streams", [True, False], ids=["two streams", "single"])
 def test_as_diffusers_hunyuan(two_streams, dtype, backend, device, monkeypatch):
     skip_truncation(backend, dtype, device)
-    H, D, image, text = 2, 16, 12, 5
+    H, D, image, text = 2, 16, 8, 3
     attn = hunyuan_attention(H, D, two_streams, device, dtype)
     rope = transformer_hunyuan_video.HunyuanVideoRotaryPosEmbed(1, 1, [4, 6, 6])
-    rotary = rope(torch.empty(1, 1, 2, 2, 3, device=device))
+    rotary = rope(torch.empty(1, 1, 2, 2, 2, device=device))
     hidden, encoder = (torch.randn(2, n, H * D, device=device, dtype=dtype) for n in (image, text))
     processor = transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0()
     stock = caught(
@@ -272,12 +272,10 @@ def test_reasons_to_leave_it_to_diffusers(device):
     assert "not fp32" in why_not(x, weight, tuple(t.bfloat16() for t in rotary))
 
 
-@pytest.mark.parametrize("words", [(), pytest.param(("all",), marks=pytest.mark.slow)], ids=str)
-def test_compiles_everywhere(words):
+def test_compiles_everywhere():
     script = str(Path(__file__).with_name("compile_qk_prepare.py"))
     root = Path(__file__).parents[2]
     command = ["env", "-u", "TRITON_INTERPRET", f"PYTHONPATH={root}", sys.executable, script]
-    command += words
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.splitlines()[-1])

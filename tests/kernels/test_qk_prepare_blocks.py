@@ -15,7 +15,7 @@ S, H, D = 70, 2, 16
 
 
 def inputs(device, dtype, across: bool):
-    """Queries, keys with a common offset, weights `[H * D]` or `[D]`, and tables for 60 of 70 tokens."""
+    """Queries, keys with a common offset, weights `[H * D]` or `[D]`, tables of 60 tokens."""
     q, k = (torch.randn(1, S, H, D, device=device, dtype=dtype) for _ in range(2))
     weights = tuple(torch.rand(H * D if across else D, device=device).to(dtype) + 1 for _ in "qk")
     return q, k + 2, weights, tables(60, D, device)
