@@ -21,6 +21,7 @@ FAMILIES = {
     "HunyuanVideo15Transformer3DModel": "vdit_sparse.pipelines.hunyuan_video15",
     "HunyuanVideoTransformer3DModel": "vdit_sparse.pipelines.hunyuan_video",
     "Kandinsky5Transformer3DModel": "vdit_sparse.pipelines.kandinsky5",
+    "LTX2VideoTransformer3DModel": "vdit_sparse.pipelines.ltx2",
     "LTXVideoTransformer3DModel": "vdit_sparse.pipelines.ltx_video",
     "MochiTransformer3DModel": "vdit_sparse.pipelines.mochi",
     "PixArtTransformer2DModel": "vdit_sparse.pipelines.pixart",
@@ -28,6 +29,7 @@ FAMILIES = {
     "SkyReelsV2Transformer3DModel": "vdit_sparse.pipelines.skyreels_v2",
     "WanTransformer3DModel": "vdit_sparse.pipelines.wan",
     "WanVACETransformer3DModel": "vdit_sparse.pipelines.wan_vace",
+    "ZImageTransformer2DModel": "vdit_sparse.pipelines.z_image",
 }
 # Transformer class -> why it has no sparse attention.
 REFUSED = {

@@ -41,6 +41,13 @@ PIPELINES = {
     "Kandinsky5I2VPipeline": "vdit_sparse.pipelines.kandinsky5",
     "Kandinsky5T2IPipeline": "vdit_sparse.pipelines.kandinsky5",
     "Kandinsky5T2VPipeline": "vdit_sparse.pipelines.kandinsky5",
+    "LTX2ConditionPipeline": "vdit_sparse.pipelines.ltx2",
+    "LTX2DFRPipeline": "vdit_sparse.pipelines.ltx2",
+    "LTX2DFRTemporalRefinePipeline": "vdit_sparse.pipelines.ltx2",
+    "LTX2HDRPipeline": "vdit_sparse.pipelines.ltx2",
+    "LTX2ImageToVideoPipeline": "vdit_sparse.pipelines.ltx2",
+    "LTX2InContextPipeline": "vdit_sparse.pipelines.ltx2",
+    "LTX2Pipeline": "vdit_sparse.pipelines.ltx2",
     "LTXConditionPipeline": "vdit_sparse.pipelines.ltx_video",
     "LTXI2VLongMultiPromptPipeline": "vdit_sparse.pipelines.ltx_video",
     "LTXImageToVideoPipeline": "vdit_sparse.pipelines.ltx_video",
@@ -65,6 +72,11 @@ PIPELINES = {
     "WanImageToVideoPipeline": "vdit_sparse.pipelines.wan",
     "WanPipeline": "vdit_sparse.pipelines.wan",
     "WanVACEPipeline": "vdit_sparse.pipelines.wan_vace",
+    "ZImageControlNetInpaintPipeline": "vdit_sparse.pipelines.z_image",
+    "ZImageControlNetPipeline": "vdit_sparse.pipelines.z_image",
+    "ZImageImg2ImgPipeline": "vdit_sparse.pipelines.z_image",
+    "ZImageInpaintPipeline": "vdit_sparse.pipelines.z_image",
+    "ZImagePipeline": "vdit_sparse.pipelines.z_image",
 }
 # Checkpoints of the first class that expand timesteps (Wan 2.2 TI2V-5B) also take an image.
 FROM_IMAGE = {"WanPipeline": "WanImageToVideoPipeline"}

@@ -10,6 +10,7 @@ from tests.tiny_models import (
     hunyuan_video,
     hunyuan_video15,
     kandinsky5,
+    ltx2,
     ltx_video,
     mochi,
     pixart,
@@ -17,6 +18,7 @@ from tests.tiny_models import (
     skyreels_v2,
     wan,
     wan_vace,
+    z_image,
 )
 
 TINY = {
@@ -29,6 +31,7 @@ TINY = {
     **hunyuan_video.TINY,
     **hunyuan_video15.TINY,
     **kandinsky5.TINY,
+    **ltx2.TINY,
     **ltx_video.TINY,
     **mochi.TINY,
     **pixart.TINY,
@@ -36,6 +39,7 @@ TINY = {
     **skyreels_v2.TINY,
     **wan.TINY,
     **wan_vace.TINY,
+    **z_image.TINY,
 }
 
 # Those whose layers are another entry's, fed otherwise: they run one method, and are not saved.
