@@ -17,6 +17,7 @@ FAMILIES = {
     "CosmosTransformer3DModel": "vdit_sparse.pipelines.cosmos",
     "Flux2Transformer2DModel": "vdit_sparse.pipelines.flux2",
     "FluxTransformer2DModel": "vdit_sparse.pipelines.flux",
+    "HiDreamImageTransformer2DModel": "vdit_sparse.pipelines.hidream",
     "HunyuanDiT2DModel": "vdit_sparse.pipelines.hunyuan_dit",
     "HunyuanVideo15Transformer3DModel": "vdit_sparse.pipelines.hunyuan_video15",
     "HunyuanVideoTransformer3DModel": "vdit_sparse.pipelines.hunyuan_video",

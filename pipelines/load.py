@@ -31,6 +31,7 @@ PIPELINES = {
     "FluxFillPipeline": "vdit_sparse.pipelines.flux",
     "FluxKontextPipeline": "vdit_sparse.pipelines.flux",
     "FluxPipeline": "vdit_sparse.pipelines.flux",
+    "HiDreamImagePipeline": "vdit_sparse.pipelines.hidream",
     "HunyuanDiTControlNetPipeline": "vdit_sparse.pipelines.hunyuan_dit",
     "HunyuanDiTPipeline": "vdit_sparse.pipelines.hunyuan_dit",
     "HunyuanVideo15ImageToVideoPipeline": "vdit_sparse.pipelines.hunyuan_video15",
