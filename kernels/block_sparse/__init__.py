@@ -22,7 +22,14 @@ from vdit_sparse.kernels.checks import (
     checked_scale,
 )
 
-__all__ = ["BACKENDS", "PRECISIONS", "block_sparse_attention", "choose_backend", "explain"]
+__all__ = [
+    "BACKENDS",
+    "PRECISIONS",
+    "block_sparse_attention",
+    "choose_backend",
+    "explain",
+    "skipping_attention",
+]
 
 # In the order of preference when none is asked for; the reference is never chosen by itself.
 BACKENDS = {
@@ -43,6 +50,7 @@ def block_sparse_attention(
     scale: float | None = None,
     kv_len: Tensor | None = None,
     precision: str = "bf16",
+    skip_threshold: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q k^T) v over the key blocks that `mask` lists for each query block.
@@ -54,6 +62,7 @@ def block_sparse_attention(
         "bf16": in the inputs' own dtype;
         "int8_bf16": INT8 QK, weights and v in the inputs' own dtype (fp32 included);
         "int8_fp8": INT8 QK, weights and v in fp8 e4m3;
+    skip_threshold: leave out tiles of small weights, see `skipping_attention`; default none;
     backend: a name in `BACKENDS`, which runs or raises; default `choose_backend(q, k, v, mask)`.
 
     Returns out, shape, dtype and memory order of q, and lse, fp32 `[B, H, S]`, the natural log of
@@ -74,9 +83,57 @@ def block_sparse_attention(
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
     backends.check_name(BACKENDS, backend)
     scale = checked_scale(scale, q.shape[-1])
+    if skip_threshold is not None:
+        if precision != "bf16":
+            raise ValueError(
+                f"skip_threshold goes with precision='bf16', got {precision!r}: leave one out."
+            )
+        return skipping_attention(
+            q, k, v, mask, skip_threshold, scale=scale, kv_len=kv_len, backend=backend
+        )[:2]
     blocks = [mask.nk, mask.block_q, mask.block_k]
     return _operator(
         q, k, v, mask.idx, mask.cnt, mask.valid, kv_len, blocks, scale, precision, backend
+    )
+
+
+def skipping_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    skip_threshold: float,
+    *,
+    scale: float | None = None,
+    kv_len: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`block_sparse_attention` that leaves out listed tiles of small weights, and says which.
+
+    A tile is left out, after its scores and before its exponentials, if in every query its largest
+    scaled score is below the largest one so far plus ln(skip_threshold), 0 < skip_threshold <= 1
+    (BLASST, arXiv 2512.12087; no calibration of the threshold here). Queries past the end have no
+    say. A tile is as large as the kernel's, at most a block, and the order of the tiles is the
+    kernel's: the reference and Triton go up the list (Triton after the ragged last block), Hopper
+    goes down.
+
+    Each key left out has less than skip_threshold times the largest weight: with n of them in a
+    row, lse falls by at most n * skip_threshold, and an output moves by at most 2 n skip_threshold
+    max|v| from what attention over all listed blocks gives.
+
+    Returns out and lse as there, and skipped, bool `[B, H, nq, nk]`: blocks all of whose tiles were
+    left out. `BlockMask.from_keep(mask.keep() & ~skipped)` is what was computed where tiles are
+    blocks, and a mask for a later step.
+    """
+    _check_tensors(q, k, v, kv_len)
+    _check_mask(q, k, mask)
+    backends.check_name(BACKENDS, backend)
+    if not 0 < skip_threshold <= 1:
+        raise ValueError(f"skip_threshold must be above 0 and at most 1, got {skip_threshold}.")
+    scale = checked_scale(scale, q.shape[-1])
+    blocks = [mask.nk, mask.block_q, mask.block_k]
+    return _skipping_operator(
+        q, k, v, mask.idx, mask.cnt, mask.valid, kv_len, blocks, scale, skip_threshold, backend
     )
 
 
@@ -130,6 +187,37 @@ def _operator(
 @_operator.register_fake
 def _(q, k, v, idx, cnt, valid, kv_len, blocks, scale, precision, backend):
     return empty_outputs(q)
+
+
+@torch.library.custom_op("vdit_sparse::skipping_attention", mutates_args=())
+def _skipping_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    cnt: Tensor,
+    valid: Tensor | None,
+    kv_len: Tensor | None,
+    blocks: list[int],
+    scale: float,
+    skip_threshold: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = BlockMask(idx, cnt, *blocks, valid)
+    name = backend or choose_backend(q, k, v, mask)
+    module = backends.load(BACKENDS, name, q, k, v, mask, "bf16")
+    if not hasattr(module, "forward_skipping"):
+        raise ValueError(
+            f"backend {name!r} computes every listed block: leave skip_threshold out, or use "
+            "backend='reference', slowly."
+        )
+    return module.forward_skipping(q, k, v, mask, scale, kv_len, skip_threshold)
+
+
+@_skipping_operator.register_fake
+def _(q, k, v, idx, cnt, valid, kv_len, blocks, scale, skip_threshold, backend):
+    skipped = q.new_empty(*q.shape[:2], cnt.shape[2], blocks[0], dtype=torch.bool)
+    return *empty_outputs(q), skipped
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> None:

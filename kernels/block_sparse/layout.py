@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse.tiles import architecture
 
 
@@ -59,3 +60,11 @@ def why_no_descriptors(**tensors: Tensor) -> str | None:
         if any(stride == 0 for stride in head_strides(x)):
             return f"{name} is expanded, strides {x.stride()}"
     return None
+
+
+def all_tiles(counts: Tensor, queries: int, mask: BlockMask, rows: int, keys: int) -> Tensor:
+    """Which blocks have as many tiles counted as they have, bool, shape of `counts` `[B, H, nq,
+    nk]`: tiles of `rows` x `keys`, of which the last query block lacks those past `queries`."""
+    left = queries - mask.block_q * torch.arange(mask.nq, device=counts.device)
+    tiles = (left.clamp(max=mask.block_q) + rows - 1) // rows * (mask.block_k // keys)
+    return counts == tiles[:, None]

@@ -1,5 +1,7 @@
 """The specification: dense masked attention, written to be read, not to be fast."""
 
+from math import log
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,49 @@ def forward(
             )
             out[here] = piece
     return out, lse if shift is None else lse.add_(shift, alpha=scale)
+
+
+def forward_skipping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    scale: float,
+    kv_len: Tensor | None,
+    skip_threshold: float,
+    *,
+    compute: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `skipping_attention`; a tile is a block, and they come in ascending order."""
+    top = _largest_scores(q, k, mask, scale, kv_len, compute)
+    # A tile left out is below the maximum so far, which therefore does not depend on it.
+    before = torch.full_like(top, -torch.inf)
+    before[..., 1:] = top.cummax(-1).values[..., :-1]
+    below = top < before + log(skip_threshold)
+    end = mask.nq * mask.block_q - q.shape[2]
+    below = torch.nn.functional.pad(below, (0, 0, 0, end), value=True)
+    skipped = below.unflatten(2, (mask.nq, mask.block_q)).all(3) & mask.keep()
+    blocks = (mask.block_q, mask.block_k)
+    left = BlockMask.from_keep(mask.keep() & ~skipped, blocks, valid=mask.valid)
+    return *forward(q, k, v, left, scale, kv_len, compute=compute), skipped
+
+
+def _largest_scores(
+    q: Tensor, k: Tensor, mask: BlockMask, scale: float, kv_len: Tensor | None, compute: torch.dtype
+) -> Tensor:
+    """Largest scaled score of each query in each key block, `[B, H, S, nk]`; -inf where there is
+    none that it may see."""
+    B, H, S, _ = q.shape
+    keys = k.shape[2]
+    allowed = mask.token_mask(S, keys)
+    real = real_keys(keys, mask.nk, mask.block_k, mask.valid, kv_len)
+    if real is not None:
+        allowed = allowed & real[:, None, None, :keys]
+    scores = q.to(compute) @ k.to(compute).transpose(-1, -2) * scale
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    end = mask.nk * mask.block_k - keys
+    scores = torch.nn.functional.pad(scores, (0, end), value=-torch.inf)
+    return scores.unflatten(3, (mask.nk, mask.block_k)).amax(4)
 
 
 def _rounded(

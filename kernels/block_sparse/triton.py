@@ -5,6 +5,8 @@ blocks. One program computes BM queries of one head; letters: `B H S D` as in th
 BM x BN the tile, BD is D rounded up to a power of two.
 """
 
+from math import log2
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse.layout import (
+    all_tiles,
     empty_outputs,
     head_strides,
     why_no_descriptors,
@@ -37,15 +40,16 @@ TAIL = tl.constexpr(32)  # keys of a step at the ragged end
 @triton.jit
 def block_sparse_forward(
     q_ptr, k_ptr, v_ptr, q_desc, k_desc, v_desc, out_ptr, lse_ptr,
-    idx_ptr, cnt_ptr, valid_ptr, kv_len_ptr,
+    idx_ptr, cnt_ptr, valid_ptr, kv_len_ptr, skips_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_s,
     idx_b, idx_h, idx_q, cnt_b, cnt_h, cnt_q,
-    H, S, keys, nk, scale_log2,
+    H, S, keys, nk, scale_log2, skip_log2,
     D: tl.constexpr, BD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See `block_sparse_attention`. q_desc, k_desc, v_desc: 4-D tensor descriptors, or None to read
-    through pointers; RAGGED: whether a key block may reach past the keys of its batch row."""
+    through pointers; RAGGED: whether a key block may reach past the keys of its batch row;
+    skips_ptr: int32 `[B, H, nq, nk]`, where tiles left out are counted, or None: none is."""
     tiles = tl.cdiv(S, BM)
     # Head-major, so that a head's keys stay in L2; last rows first, for the dense rows of text.
     head = tl.program_id(0) // tiles
@@ -111,10 +115,21 @@ def block_sparse_forward(
         scores = tl.dot(q, k.T, input_precision=PRECISION)
         if valid_ptr is not None:
             scores = tl.where((start + rows_n < end)[None, :], scores, float("-inf"))
-        p, acc, peak, total = online_softmax(
-            scores, acc, peak, total, scale_log2, valid_ptr is not None
-        )
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        if skips_ptr is not None:
+            below = tl.max(scores, 1) * scale_log2 < peak + skip_log2
+            skip = tl.min((below | (m0 + rows_m >= S)).to(tl.int32), 0) == 1
+            count_ptr = skips_ptr + (head.to(tl.int64) * tl.cdiv(S, BLOCK_Q) + row) * nk + block
+            tl.atomic_add(count_ptr, 1, mask=skip)
+            if not skip:
+                p, acc, peak, total = online_softmax(
+                    scores, acc, peak, total, scale_log2, valid_ptr is not None
+                )
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        else:
+            p, acc, peak, total = online_softmax(
+                scores, acc, peak, total, scale_log2, valid_ptr is not None
+            )
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
     real = m0 + rows_m < S
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -162,6 +177,22 @@ def forward(
     return launch(q, k, v, mask, scale, kv_len, choose_tile(q, k, v, mask))
 
 
+def forward_skipping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    scale: float,
+    kv_len: Tensor | None,
+    skip_threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `skipping_attention`."""
+    tile = choose_tile(q, k, v, mask)
+    skips = torch.zeros(*q.shape[:2], mask.nq, mask.nk, dtype=torch.int32, device=q.device)
+    out, lse = launch(q, k, v, mask, scale, kv_len, tile, skips, skip_threshold)
+    return out, lse, all_tiles(skips, q.shape[2], mask, tile.rows, tile.keys)
+
+
 def choose_tile(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tile:
     """The tile, and with it the path (descriptors or pointers), that `forward` takes."""
     descriptors = why_pointers(q, k, v, mask) is None
@@ -194,8 +225,11 @@ def launch(
     scale: float,
     kv_len: Tensor | None,
     tile: Tile,
+    skips: Tensor | None = None,
+    skip_threshold: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """`forward` with a given tile (for the benchmark and the tests)."""
+    """`forward` with a given tile (for the benchmark and the tests). skips: int32 `[B, H, nq, nk]`,
+    to which each tile left out adds 1, or None: none is."""
     B, H, S, D = q.shape
     keys = k.shape[2]
     width = width_of(D)
@@ -209,10 +243,10 @@ def launch(
         ]
     with torch.cuda.device_of(q):
         block_sparse_forward[(B * H * triton.cdiv(S, tile.rows),)](
-            q, k, v, *descriptors, out, lse, idx, mask.cnt, mask.valid, kv_len,
+            q, k, v, *descriptors, out, lse, idx, mask.cnt, mask.valid, kv_len, skips,
             *head_strides(q), *head_strides(k), *head_strides(v), *head_strides(out),
             *shared_strides(idx), *shared_strides(mask.cnt),
-            H, S, keys, mask.nk, scale * LOG2_E,
+            H, S, keys, mask.nk, scale * LOG2_E, log2(skip_threshold),
             D=D, BD=width, BLOCK_Q=mask.block_q, BLOCK_K=mask.block_k, BM=tile.rows, BN=tile.keys,
             RAGGED=kv_len is not None or keys % mask.block_k != 0,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",

@@ -38,6 +38,7 @@ KERNELS = {
 }
 QUANT = ("statistics", "queries", "keys", "values")
 NO_FP8 = ("sm_80", "gfx942")
+INT32 = ("idx_ptr", "cnt_ptr", "valid_ptr", "kv_len_ptr", "skips_ptr")
 FP32 = (
     "lse_ptr",
     "mean_ptr",
@@ -60,7 +61,8 @@ INSTRUCTIONS = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of a kernel; ends: "whole", "ragged", "kv_len" or "valid"."""
+    """One specialisation of a kernel; ends: "whole", "ragged", "kv_len", "valid", or "skip":
+    whole, and small tiles are left out."""
 
     arch: str
     D: int = 128
@@ -96,7 +98,7 @@ def variants(architectures: tuple[str, ...], quick: bool) -> list[Variant]:
         found += [Variant(arch, D, block) for D in (64, 128) for block in (64, 128)]
         found += [Variant(arch, D, ends="kv_len") for D in (64, 128)]
         found += [Variant(arch, block=block, ends="valid") for block in (64, 128)]
-        found += [Variant(arch, ends="ragged")]
+        found += [Variant(arch, ends="ragged"), Variant(arch, ends="skip")]
         found += [Variant(arch, 96, ends="ragged"), Variant(arch, 256, ends="ragged")]
         found += [Variant(arch, dtype="fp32")]
         if tiles.TILES[(arch, 128, 128)].descriptors:
@@ -171,12 +173,14 @@ def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
         "GROUP": min(tile.rows, variant.block),
         "ROWS": tile.rows,
         "LARGEST": 448 if variant.kernel == "values" else 127,
-        "RAGGED": variant.ends != "whole",
+        "RAGGED": variant.ends not in ("whole", "skip"),
         "PERMUTED": True,
         "PRECISION": "ieee" if variant.dtype == "fp32" else "tf32",
     }
     if variant.ends != "kv_len":
         constants["kv_len_ptr"] = None
+    if variant.ends != "skip":
+        constants["skips_ptr"] = None
     if variant.ends != "valid":
         constants |= {"valid_ptr": None, "real_ptr": None}
     if variant.kernel == "int8_bf16":
@@ -210,7 +214,7 @@ def _type(name: str, variant: Variant, tile: tiles.Tile, width: int) -> str:
         return f"tensordesc<{_number(name, variant)}[1, 1, {shape[0]}, {shape[1]}]>"
     if name.endswith("_ptr"):
         return f"*{_number(name, variant)}"
-    return "fp32" if name in ("scale", "scale_log2", "smallest") else "i32"
+    return "fp32" if name in ("scale", "scale_log2", "skip_log2", "smallest") else "i32"
 
 
 def _number(name: str, variant: Variant) -> str:
@@ -226,7 +230,7 @@ def _number(name: str, variant: Variant) -> str:
         return "fp8e4nv"
     if name == "real_ptr":
         return "i1"
-    return "i32" if name in ("idx_ptr", "cnt_ptr", "valid_ptr", "kv_len_ptr") else variant.dtype
+    return "i32" if name in INT32 else variant.dtype
 
 
 def _target(arch: str) -> GPUTarget:
