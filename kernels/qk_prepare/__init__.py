@@ -9,6 +9,8 @@ three times each. The functions for a model family take tensors only, so that it
 them in the place of its norms and rotations. `blocks.py` adds block means and 8 bits.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,7 @@ BACKENDS = {
     "reference": "vdit_sparse.kernels.qk_prepare.reference",
 }
 Rotary = tuple[Tensor, Tensor]
+_TRITON = find_spec("triton") is not None
 
 
 def prepare(
@@ -177,14 +180,16 @@ def merge_heads(x: Tensor, back: Tensor | None = None, *, backend: str | None = 
     return _merge(x, back, backend)
 
 
-def why_not(x: Tensor, weight: Tensor, rotary: Rotary | None) -> str | None:
-    """None if Triton prepares x `[B, S, H, D]` as diffusers would, else the reason why a processor
-    should leave that to diffusers."""
+def why_not(x: Tensor, weight: Tensor | None, rotary: Rotary | None) -> str | None:
+    """None if a processor should prepare its queries or keys x, of any shape, in one pass; else the
+    reason to leave norm and RoPE to diffusers. Can be asked inside of a compiled graph."""
+    if not x.is_cuda or not _TRITON:
+        return "it needs a GPU, and Triton"
     if weight is None or weight.dtype != x.dtype:
         return "the norm has no weight in the dtype of the queries"
     if rotary is not None and any(table.dtype != torch.float32 for table in rotary):
         return f"the tables of RoPE are {rotary[0].dtype}, not fp32"
-    return backends.why_not(BACKENDS, "triton", x)
+    return None
 
 
 @torch.library.custom_op("vdit_sparse::qk_prepare", mutates_args=())

@@ -264,12 +264,37 @@ def test_wrong_calls_are_refused(change, error, message):
         merge_heads(ROW[0])
 
 
-def test_reasons_to_leave_it_to_diffusers(device):
-    x, weight = ROW.to(device), torch.zeros(8, device=device)
-    rotary = tables(4, 8, device)
-    assert why_not(x, weight, rotary) is None
-    assert "no weight" in why_not(x, weight.half(), rotary)
-    assert "not fp32" in why_not(x, weight, tuple(t.bfloat16() for t in rotary))
+class OnGpu:
+    """What `why_not` asks of a tensor."""
+
+    def __init__(self, dtype):
+        self.dtype, self.is_cuda = dtype, True
+
+
+def test_reasons_to_leave_it_to_diffusers():
+    x, weight, table = OnGpu(torch.bfloat16), OnGpu(torch.bfloat16), OnGpu(torch.float32)
+    assert why_not(x, weight, (table, table)) is None and why_not(x, weight, None) is None
+    assert "no weight" in why_not(x, None, None)
+    assert "no weight" in why_not(x, OnGpu(torch.float32), None)
+    assert "torch.bfloat16, not fp32" in why_not(x, weight, (x, x))
+    assert "needs a GPU" in why_not(torch.zeros(1), torch.zeros(1), None)
+
+
+def test_one_graph_without_a_break(device):
+    """As a processor calls it in a compiled block."""
+    query, key = (torch.randn(1, 4, 16, device=device) for _ in range(2))
+    weights, rotary = [torch.rand(16, device=device) for _ in range(2)], tables(4, 8, device)
+
+    def block(query, key):
+        reason = why_not(query, weights[0], rotary)
+        query, key = prepare_wan(query, key, *weights, EPS, rotary, heads=2)
+        return merge_heads(query.transpose(1, 2)), key * 2, reason
+
+    with torch.no_grad():
+        compiled = torch.compile(block, backend="eager", fullgraph=True)(query, key)
+        plain = block(query, key)
+    assert torch.equal(compiled[0], plain[0]) and torch.equal(compiled[1], plain[1])
+    assert compiled[2] == plain[2]
 
 
 def test_compiles_everywhere():
