@@ -47,6 +47,7 @@ class Clock:
     _timestep: float | None = None
     _schedule: Schedule = Schedule()
     _index: int | None = None
+    _indexed: bool = False
     _ended: bool = True
     _seen: set = field(default_factory=set)
 
@@ -93,7 +94,7 @@ class Clock:
 
     def _count(self, timestep: Tensor, call: tuple[str, str] | None) -> None:
         index, self._index = self._index, self._schedule.index
-        if self._index is not None and not self._ended:
+        if self._index is not None and self._indexed and not self._ended:
             if index != self._index:
                 self.step += 1
                 self._seen.clear()
@@ -113,6 +114,8 @@ class Clock:
 
     def _begin(self) -> None:
         self.run += 1
+        # A run that steps with another scheduler finds the index where an earlier run left it.
+        self._indexed = self._schedule.index in (None, self._schedule.first)
         self.step = 0
         self._ended = False
         self._seen.clear()

@@ -46,6 +46,13 @@ def test_steps_whose_rounded_timesteps_are_equal_are_told_apart_by_the_scheduler
     assert [branch for _, _, branch in seen] == ["call 0", "call 1"] * 4
 
 
+def test_a_scheduler_that_the_run_does_not_use_is_not_believed():
+    left = Schedule(torch.tensor([900.0, 500.0, 100.0]), 3)
+    clock = Clock(lambda: left)
+    seen = [call(clock, t)[:2] for t in (900.0, 900.0, 500.0, 100.0, 900.0)]
+    assert seen == [(1, 0), (1, 0), (1, 1), (1, 2), (2, 0)]
+
+
 def test_a_new_schedule_is_a_new_run_even_at_the_same_timestep():
     schedules = [torch.tensor([900.0])] * 2 + [torch.tensor([900.0])] * 2
     given = iter(schedules)
