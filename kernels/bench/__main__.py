@@ -39,7 +39,8 @@ def main() -> None:
     names = options.backends or (CPU_KERNELS if device.type == "cpu" else GPU_KERNELS)
     with torch.inference_mode():
         if options.prepare:
-            print(machine(device), *run_passes(problem), sep="\n")
+            print(machine(device))
+            run_passes(problem)
             return
         if options.tune:
             rows = tune(problem, options.pattern[0], options.density[0])

@@ -9,6 +9,8 @@ from torch.nn.functional import rms_norm
 from vdit_sparse.kernels.bench.measure import time_gpu
 from vdit_sparse.kernels.bench.problem import Problem
 from vdit_sparse.kernels.qk_prepare import merge_heads, prepare
+from vdit_sparse.kernels.qk_prepare.blocks import prepare_blocks, prepare_int8
+from vdit_sparse.kernels.quant import smooth_quantize
 from vdit_sparse.kernels.reorder import inverse, reorder
 
 EPS = 1e-6
@@ -30,8 +32,9 @@ def stock(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, across: bool) -> 
 
 
 def passes(problem: Problem) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
-    """(name, bytes that it has to move, call) of each way to bring one of q, k, v to attention."""
-    H, S, D = problem.heads, problem.tokens, problem.dim
+    """(name, bytes that it has to move, call) of each way to bring one of q, k, v to attention, or
+    where the name says so q and k in 8 bits."""
+    H, S, D, block = problem.heads, problem.tokens, problem.dim, problem.block
     x, attention = (each.transpose(1, 2) for each in problem.tensors()[:2])
     once = x.numel() * x.element_size()
     angles = torch.rand(S, D // 2, device=problem.device) * 6.28
@@ -53,14 +56,32 @@ def passes(problem: Problem) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
             2 * once,
             lambda given=given: prepare(*given, eps=EPS, back=back),
         )
+        yield (
+            f"one pass with an order and block means, {of}",
+            2 * once,
+            lambda given=given: prepare_blocks(*given, eps=EPS, block=problem.block, order=order)[
+                0
+            ],
+        )
+        eight = {"eps": EPS, "block_q": problem.block, "block_k": problem.block, "order": order}
+        yield (
+            f"INT8 of q and k with an order, {of}",
+            3 * once,
+            lambda x=x, w=weight, eight=eight: (
+                prepare_int8(x, x, (w, w), (cos, sin), **eight).q.values
+            ),
+        )
+    yield (
+        "INT8 of q and k alone",
+        3 * once,
+        lambda: smooth_quantize(heads, heads, block, block).q.values,
+    )
     yield "order alone", 2 * once, lambda: reorder(heads, order)
     yield "rows back", 2 * once, lambda: merge_heads(heads, back)
 
 
-def run_passes(problem: Problem) -> list[str]:
-    """A line for each pass on a GPU: milliseconds for one of q, k, v, and TB/s."""
-    return [
-        f"{ms:8.3f} ms {moved / ms / 1e9:6.2f} TB/s  {name}"
-        for name, moved, call in passes(problem)
-        if (ms := time_gpu(call))
-    ]
+def run_passes(problem: Problem) -> None:
+    """Prints a line for each pass on a GPU: milliseconds, and TB/s of what has to be moved."""
+    for name, moved, call in passes(problem):
+        ms = time_gpu(call)
+        print(f"{ms:8.3f} ms {moved / ms / 1e9:6.2f} TB/s  {name}", flush=True)

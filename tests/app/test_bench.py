@@ -200,7 +200,7 @@ def test_kernels_on_the_masks_of_every_method(cli, tmp_path):
     assert [row["pattern"] for row in sparse] == [*PATTERNS, *METHODS]
     assert all(float(row["ms"]) > 0 and float(row["error"]) < 1e-5 for row in sparse)
     assert all(row["shape"] == "tiny" and row["commit"] for row in rows)
-    assert "fa4: flash_attn.cute: " in done.output
+    assert "fa4: " in done.output
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
@@ -223,6 +223,8 @@ def test_passes_before_attention_agree(device):
         assert torch.allclose(calls[f"one pass, {of}"](), expected, atol=1e-5)
         moved = calls[f"one pass with an order, {of}"]()
         assert moved.sum().item() == pytest.approx(expected.sum().item(), abs=1e-2)
+        assert torch.allclose(calls[f"one pass with an order and block means, {of}"](), moved)
+        assert calls[f"INT8 of q and k with an order, {of}"]().shape == (1, 2, 64, 16)
     assert calls["rows back"]().shape == (1, 12, 32)
 
 
