@@ -1,8 +1,12 @@
 """What every model family promises: the same numbers as stock diffusers, and every method on it."""
 
+import ast
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -11,7 +15,8 @@ from tests.pipelines.family_cases import method_for
 from tests.tiny_models.catalogue import TINY, VARIANTS
 from tests.tiny_models.parts import Tiny
 from vdit_sparse import METHODS, AdaSpaAttention, apply, load_pipeline, remove, summary
-from vdit_sparse.pipelines.families import DENOISERS, family_of
+from vdit_sparse.pipelines.families import DENOISERS, FAMILIES, family_of
+from vdit_sparse.pipelines.load import PIPELINES
 from vdit_sparse.pipelines.processor import SparseAttnProcessor
 from vdit_sparse.pipelines.report import Summary
 
@@ -135,3 +140,19 @@ def test_saved_with_a_method_on_it_and_loaded_it_is_stock_again(case, tmp_path):
     assert type(again) is type(case.tiny.pipe)
     assert not any(isinstance(m.processor, SparseAttnProcessor) for m in layers_of(again))
     torch.testing.assert_close(run(again, dict(case.tiny.call)), case.stock, atol=1e-5, rtol=0)
+
+
+def test_every_family_has_a_tiny_model_and_every_pipeline_a_class():
+    built = [build(name).tiny.pipe for name in OWN]
+    models = [getattr(pipe, name, None) for pipe in built for name in DENOISERS]
+    assert {type(model).__name__ for model in models if model} >= FAMILIES.keys()
+    for name, home in PIPELINES.items():
+        assert issubclass(getattr(import_module(home), name), getattr(diffusers, name))
+    assert set(OWN) | VARIANTS == set(TINY)
+
+
+@pytest.mark.parametrize("home", sorted(set(FAMILIES.values())))
+def test_families_do_not_import_each_other(home):
+    tree = ast.parse(Path(import_module(home).__file__).read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not imported & (set(FAMILIES.values()) - {home})

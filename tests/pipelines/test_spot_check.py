@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny_models import WAN_CALL, tiny_wan
-from vdit_sparse import RadialAttention, SparseAttention, apply, summary
+from vdit_sparse import RadialAttention, RettentionAttention, SparseAttention, apply, summary
 from vdit_sparse.call import Call, Note
 from vdit_sparse.grid import Grid
 from vdit_sparse.pipelines.spot_check import AttentionWarning, SpotCheck, exact_rows
@@ -77,6 +77,14 @@ def test_the_warning_names_the_likely_cause(spoil, method, note, words, device):
         {**qkv, "out": out}[spoil].fill_(torch.nan)
     with pytest.warns(AttentionWarning, match=words):
         SpotCheck().look("blocks.0", tuple(qkv.values()), out, call_of(note=note), method)
+
+
+def test_searches_and_cache_steps_are_passed_over():
+    pipe = tiny_wan()
+    apply(pipe, RettentionAttention(block=64, dense_steps=0, refresh=2, density=0.3), check=True)
+    pipe(**WAN_CALL)
+    looked = [entry.step for entry in summary(pipe).entries if entry.error is not None]
+    assert looked == [1, 1]
 
 
 def test_a_run_reports_its_largest_error_and_why_calls_ran_dense():
