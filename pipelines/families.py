@@ -27,6 +27,7 @@ FAMILIES = {
     "MochiTransformer3DModel": "vdit_sparse.pipelines.mochi",
     "PixArtTransformer2DModel": "vdit_sparse.pipelines.pixart",
     "QwenImageTransformer2DModel": "vdit_sparse.pipelines.qwen_image",
+    "SD3Transformer2DModel": "vdit_sparse.pipelines.stable_diffusion_3",
     "SkyReelsV2Transformer3DModel": "vdit_sparse.pipelines.skyreels_v2",
     "WanTransformer3DModel": "vdit_sparse.pipelines.wan",
     "WanVACETransformer3DModel": "vdit_sparse.pipelines.wan_vace",
