@@ -1,4 +1,4 @@
-"""`vdit-sparse eval run | report`: their options.
+"""`vdit-sparse eval run | report | vbench`: their options.
 
 Only the standard library and typer are imported here, as in `cli.py`.
 """
@@ -63,6 +63,17 @@ ReportOut = Annotated[
     str | None, _option(FILES, "Where it goes; default the first DIR/report.", metavar="DIR")
 ]
 Worst = Annotated[int, _option(FILES, "Samples of each method to show as videos.")]
+Videos = Annotated[str | None, _option(SUITE, "Folder of one method's videos.", metavar="DIR")]
+Dimensions = Annotated[
+    str | None, _option(SUITE, "Such as temporal_flickering,scene; default all that can run.")
+]
+Python = Annotated[str | None, _option(MACHINE, "Python of VBench's environment.", metavar="FILE")]
+VBenchOut = Annotated[
+    str | None, _option(FILES, "For vbench.json; default beside the videos.", metavar="DIR")
+]
+Setup = Annotated[
+    str | None, _option(MACHINE, "Make VBench's environment there, and end.", metavar="DIR")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
 
 
@@ -119,3 +130,31 @@ def report(
         from vdit_sparse.app.evaluate_report import write_report
 
         typer.echo("\n".join(write_report(folders, out, worst)))
+
+
+@evaluation.command()
+def vbench(
+    context: typer.Context,
+    videos: Videos = None,
+    prompts: Prompts = None,
+    dimensions: Dimensions = None,
+    python: Python = None,
+    out: VBenchOut = None,
+    device: Device = None,
+    setup: Setup = None,
+    debug: Debug = False,
+) -> None:
+    """Score a method's videos by VBench; all but temporal flickering in its own environment."""
+    said = "Interrupted; finished dimensions are in vbench.json."
+    with errors(debug, said):
+        from pathlib import Path
+
+        from vdit_sparse.app.evaluate_vbench import evaluate_vbench, parse_vbench, set_up
+
+        if setup is not None:
+            typer.echo("\n".join(set_up(Path(setup))))
+            return
+        run = parse_vbench(context.params)
+        with bars() as progress:
+            lines = evaluate_vbench(run, progress)
+        typer.echo("\n".join(lines))

@@ -42,12 +42,17 @@ def stems(texts: Sequence[str]) -> tuple[str, ...]:
     for text in texts:
         name = _UNSAFE.sub("_", text)
         if name != text or name.startswith(".") or len(name.encode()) > MOST_BYTES:
-            name = _marked(name.lstrip("."), text)
+            name = marked_stem(text)
         if _folded(name) in taken:
-            name = _marked(name, text)
+            name = marked_stem(text)
         taken.add(_folded(name))
         names.append(name)
     return tuple(names)
+
+
+def marked_stem(text: str) -> str:
+    """The name with a mark that `stems` gives a text where its own cannot be."""
+    return _marked(_UNSAFE.sub("_", text).lstrip("."), text)
 
 
 def sample_name(stem: str, seed: int, suffix: str) -> str:

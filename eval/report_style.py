@@ -4,18 +4,18 @@ STYLE = """
 :root { color-scheme: light; --ink: #1c1f24; --faint: #626973; --rule: #d9dce1; --paper: #fff; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 28px 24px 60px; }
+main { max-width: 1160px; margin: 0 auto; padding: 28px 24px 60px; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 36px 0 6px; }
 h3 { font-size: 15px; margin: 22px 0 6px; }
 .facts, .note { color: var(--faint); margin: 4px 0 14px; max-width: 84ch; }
 .note { font-size: 13px; margin: 6px 0; }
 .wide { overflow-x: auto; margin: 14px 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--rule);
+th, td { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--rule);
   white-space: nowrap; }
 th { vertical-align: bottom; white-space: normal; font-weight: 600; font-size: 13px;
   min-width: 60px; }
-th.name, td.name { text-align: left; }
+th.name, td.name { text-align: left; white-space: normal; min-width: 150px; }
 td small { color: var(--faint); }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 7px; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 18px; }

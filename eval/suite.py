@@ -163,14 +163,7 @@ def _from_vbench(name: str, wanted: Mapping, info: Path | None) -> list[Prompt]:
             f"The suite {name} reads VBench's prompts: give --prompts VBench_full_info.json, which "
             "comes with the package vbench (vbench/VBench_full_info.json)."
         )
-    try:
-        entries = json.loads(_text(info))
-        pairs = [(entry["prompt_en"], set(entry["dimension"])) for entry in entries]
-    except (ValueError, TypeError, KeyError) as error:
-        raise SuiteError(
-            f"{info} is no VBench_full_info.json: expected a list of entries with prompt_en and "
-            f"dimension ({error!r})."
-        ) from error
+    pairs = [(entry["prompt_en"], set(entry["dimension"])) for entry in read_vbench(info)]
     dimensions = set(wanted.get("dimensions", ()))
     chosen = [text for text, found in pairs if not dimensions or dimensions & found]
     expected = wanted.get("entries")
@@ -180,6 +173,23 @@ def _from_vbench(name: str, wanted: Mapping, info: Path | None) -> list[Prompt]:
             "the file of VBench 0.1.5."
         )
     return [Prompt(text) for text in dict.fromkeys(chosen)]
+
+
+def read_vbench(info: Path) -> list[dict]:
+    """The entries of a VBench_full_info.json. Raises SuiteError if it is none."""
+    try:
+        entries = json.loads(_text(info))
+        for entry in entries:
+            if not isinstance(entry["prompt_en"], str) or not isinstance(entry["dimension"], list):
+                raise TypeError("prompt_en is a text, dimension a list")
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, SuiteError):
+            raise
+        raise SuiteError(
+            f"{info} is no VBench_full_info.json: expected a list of entries with prompt_en and "
+            f"dimension ({error!r})."
+        ) from error
+    return entries
 
 
 def _text(file: Path) -> str:
