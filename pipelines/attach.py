@@ -195,6 +195,9 @@ def _check(model: torch.nn.Module, method: object) -> None:
     reason = family.refuses(model, method) if family.refuses else None
     if reason:
         raise ValueError(f"{type(method).__name__} cannot run on {type(model).__name__}: {reason}.")
+    for path, module in family.layers(model).items():
+        if not isinstance(module.processor, SparseAttnProcessor):
+            _ours(family, path, module.processor)
 
 
 def _runs(target: Target) -> list[Run]:

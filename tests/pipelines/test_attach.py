@@ -299,8 +299,8 @@ def test_a_processor_that_is_not_stock_is_not_thrown_away():
     class Adapter(WanAttnProcessor):
         pass
 
-    pipe = tiny_wan()
-    pipe.transformer.blocks[1].attn1.set_processor(Adapter())
+    pipe = tiny_wan(experts=2)
+    pipe.transformer_2.blocks[1].attn1.set_processor(Adapter())
     with pytest.raises(ValueError, match=r"blocks\.1\.attn1 has a Adapter.*Unload"):
         apply(pipe, SPARSE)
     assert isinstance(pipe.transformer.blocks[0].attn1.processor, WanAttnProcessor)
