@@ -19,7 +19,7 @@ from vdit_sparse.kernels.block_sparse.layout import (
     head_strides,
     why_no_descriptors,
 )
-from vdit_sparse.kernels.block_sparse.tiles import Tile, architecture, tile_for
+from vdit_sparse.kernels.block_sparse.tiles import Tile, architecture, nearest, tile_for
 from vdit_sparse.kernels.triton_ops import (
     INTERPRETED,
     LOG2_E,
@@ -186,8 +186,13 @@ def forward_skipping(
     kv_len: Tensor | None,
     skip_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `skipping_attention`."""
-    tile = choose_tile(q, k, v, mask)
+    """See `skipping_attention`. Raises ValueError on Blackwell (sm_100), for which Triton 3.6 does
+    not compile a product behind a condition. Reads through pointers: with descriptors the condition
+    makes the kernel spill."""
+    arch = architecture(q.device)
+    if nearest(arch) == "sm_100":
+        raise ValueError(f"skip_threshold does not compile for {arch}: leave it out.")
+    tile = tile_of(q, mask, descriptors=False)
     skips = torch.zeros(*q.shape[:2], mask.nq, mask.nk, dtype=torch.int32, device=q.device)
     out, lse = launch(q, k, v, mask, scale, kv_len, tile, skips, skip_threshold)
     return out, lse, all_tiles(skips, q.shape[2], mask, tile.rows, tile.keys)

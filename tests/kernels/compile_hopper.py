@@ -37,6 +37,7 @@ class Build:
     ends: str = "whole"
     dtype: str = "bf16"
     changes: tuple[tuple[str, int], ...] = ()
+    skips: bool = False
 
     @property
     def variant(self) -> Variant:
@@ -65,6 +66,8 @@ def builds(quick: bool) -> list[Build]:
         for precision in ("int8_bf16", "int8_fp8")
         for ends in ("whole", "valid")
     ]
+    found += [Build(D, blocks, skips=True) for D in (64, 128) for blocks in every]
+    found += [Build(ends="valid", skips=True), Build(blocks=(64, 64), ends="kv_len", skips=True)]
     found += [Build(dtype="fp16"), Build(D=64, changes=(("emulate", True),))]
     found += [Build(changes=((name, True),)) for name in STUDIED]
     return found + [Build(changes=(("merged", True), ("keys", 64), ("stages", 4)))]
@@ -84,7 +87,8 @@ def compile_build(build: Build) -> dict:
         usage = _run("cuobjdump", "--dump-resource-usage", str(object_))
     _, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups()
     return {
-        "build": f"{build.D} {build.blocks} {build.precision} {build.ends} {build.dtype}",
+        "build": f"{build.D} {build.blocks} {build.precision} {build.ends} {build.dtype}"
+        + " skips" * build.skips,
         "changes": dict(build.changes),
         "programs": variant.programs,
         "spilled_bytes": int(stack) + int(local),
@@ -120,6 +124,7 @@ def _source(build: Build) -> GluonASTSource:
         "kv_len_ptr": build.ends != "kv_len",
         "valid_ptr": build.ends != "valid",
         "order_ptr": not variant.longest_first,
+        "skips_ptr": not build.skips,
     }
     constants |= {name: None for name, is_absent in absent.items() if is_absent}
     signature = {name: _type(name, build) for name in names} | dict.fromkeys(constants, "constexpr")
@@ -144,7 +149,7 @@ def _type(name: str, build: Build) -> str:
         return f"tensordesc<{number}{shape},{layout!r}>"
     if name.endswith("_ptr"):
         return "*fp32" if name in FP32 else "*i32"
-    return "fp32" if name == "scale" else "i32"
+    return "fp32" if name in ("scale", "skip_log2") else "i32"
 
 
 def main() -> None:

@@ -98,7 +98,9 @@ def variants(architectures: tuple[str, ...], quick: bool) -> list[Variant]:
         found += [Variant(arch, D, block) for D in (64, 128) for block in (64, 128)]
         found += [Variant(arch, D, ends="kv_len") for D in (64, 128)]
         found += [Variant(arch, block=block, ends="valid") for block in (64, 128)]
-        found += [Variant(arch, ends="ragged"), Variant(arch, ends="skip")]
+        found += [Variant(arch, ends="ragged")]
+        if arch != "sm_100":
+            found += [Variant(arch, ends="skip", descriptors=False)]
         found += [Variant(arch, 96, ends="ragged"), Variant(arch, 256, ends="ragged")]
         found += [Variant(arch, dtype="fp32")]
         if tiles.TILES[(arch, 128, 128)].descriptors:

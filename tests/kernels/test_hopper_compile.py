@@ -22,8 +22,9 @@ def compiled(*options: str) -> list[dict]:
 
 
 def check(row: dict) -> None:
-    # Two forms keep a few scalars of the outer loop on the stack.
-    allowed = 24 if "valid" in row["build"] or row["changes"].get("unroll") else 0
+    # Some forms keep a few scalars of the outer loop on the stack.
+    odd = "valid" in row["build"] or "skips" in row["build"] or row["changes"].get("unroll")
+    allowed = 24 if odd else 0
     assert row["spilled_bytes"] <= allowed, row
     assert row["shared_bytes"] * row["programs"] <= 227 * KIB, row
     assert not row["serialised"], row
@@ -32,7 +33,7 @@ def check(row: dict) -> None:
     assert ("s32.s8.s8" in names) == ("int8" in row["build"]), row
     assert ("e4m3.e4m3" in names) == ("fp8" in row["build"]), row
     # Maxima and sums of rows, twice; the weights change hands nowhere.
-    if not row["changes"]:
+    if not row["changes"] and "skips" not in row["build"]:
         assert row["shuffles"] == 16 * row["consumers"], row
 
 

@@ -74,3 +74,20 @@ def forward(
     blocks = (mask.block_q, mask.block_k)
     variant = variant_for(q.shape[-1], blocks, precision, mask.valid is not None)
     return launch(q, k, v, mask, scale, kv_len, precision, variant)
+
+
+def forward_skipping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    scale: float,
+    kv_len: Tensor | None,
+    skip_threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `skipping_attention`; a tile has 64 queries."""
+    from vdit_sparse.kernels.block_sparse.hopper.launch import launch_skipping
+
+    blocks = (mask.block_q, mask.block_k)
+    variant = variant_for(q.shape[-1], blocks, "bf16", mask.valid is not None)
+    return launch_skipping(q, k, v, mask, scale, kv_len, skip_threshold, variant)

@@ -13,12 +13,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from vdit_sparse.kernels.block_sparse.hopper.parts import (
-    GROWTH,
+    ROWS,
     advance,
     finite,
     masked,
@@ -30,8 +29,12 @@ from vdit_sparse.kernels.block_sparse.hopper.parts import (
     weights_of,
     zero_from,
 )
-
-ROWS = gl.constexpr(64)  # queries of a consumer
+from vdit_sparse.kernels.block_sparse.hopper.steps import (
+    start_scores,
+    start_values,
+    step,
+    step_or_skip,
+)
 
 
 @gluon.jit
@@ -86,106 +89,27 @@ def _produce(
 
 
 @gluon.jit
-def _scores(q, k_smem, k_ready, slot, phase, D: gl.constexpr, BN: gl.constexpr,
-            S_L: gl.constexpr, INT8: gl.constexpr):  # fmt: skip
-    """Starts the products of the queries and the keys of this slot."""
-    kind: gl.constexpr = gl.int32 if INT8 else gl.float32
-    zero = gl.zeros([ROWS, BN], kind, S_L)
-    mbarrier.wait(k_ready.index(slot), phase)
-    k = k_smem.index(slot).reshape([BN, D]).permute((1, 0))
-    return warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _values(p, acc, v_smem, slot, D: gl.constexpr, BN: gl.constexpr,
-            O_L: gl.constexpr, FP8: gl.constexpr):  # fmt: skip
-    """Starts the products of the weights and the values of this slot."""
-    if FP8:
-        v = v_smem.index(slot).reshape([D, BN]).permute((1, 0))
-        # Hopper's own fp8 accumulator keeps about 14 bits: each tile starts a new one.
-        zero = gl.zeros([ROWS, D], gl.float32, O_L)
-        started = warpgroup_mma(p, v, zero, use_acc=False, is_async=True)
-    else:
-        v = v_smem.index(slot).reshape([BN, D])
-        started = warpgroup_mma(p, v, acc, is_async=True)
-    return started
-
-
-@gluon.jit
-def _step(
-    i, state, real_last, q, row, valid_ptr, k_scale_ptr, buffers, barriers,
-    W: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr, P_L: gl.constexpr,
-    number: gl.constexpr,
-    PINGPONG: gl.constexpr, MERGED: gl.constexpr, LAZY: gl.constexpr, EMULATE: gl.constexpr,
+def _store(
+    out, lse, o_smem, o_desc, lse_ptr, b, h, m0, head_rows, S, W: gl.constexpr, D: gl.constexpr,
+    S_L: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
-    """Scores and weights of step `i`, values of the one before, of whose keys `real_last` are real;
-    the new state, and how many keys of this step are real."""
-    acc, p, peak, total, alpha, slot, phase, turn = state
-    list_ptr, steps, full, length, to_log2, k_row = row
-    _q_smem, k_smem, v_smem = buffers
-    _q_ready, _q_empty, k_ready, k_empty, v_ready, v_empty, turns = barriers
-    VALID: gl.constexpr = valid_ptr is not None
-    INT8: gl.constexpr = k_smem.dtype == gl.int8
-    FP8: gl.constexpr = number == gl.float8e4nv
-    real = real_last
-    factor = to_log2
-    if VALID or INT8:
-        block, start = step_at(list_ptr, steps - 1 - i, full, BLOCK_K, BN)
-    if VALID:
-        real = real_in_step(block, start, steps, length, valid_ptr, BLOCK_K, BN)
-    if INT8:
-        factor = to_log2 * gl.load(k_scale_ptr + k_row + block)
-    last, last_phase = slot, phase
-    slot, phase = advance(slot, phase, STAGES)
-    if VALID:
-        mbarrier.wait(v_ready.index(last), last_phase)
-        if not FP8:
-            zero_from(v_smem.index(last).reshape([BN, D]), real_last, BN, D)
-    if PINGPONG:
-        mbarrier.wait(turns.index(W), turn ^ (1 - W))
-    scores_started = _scores(q, k_smem, k_ready, slot, phase, D, BN, S_L, INT8)
-    if not VALID:
-        mbarrier.wait(v_ready.index(last), last_phase)
-    values_started = _values(p, acc, v_smem, last, D, BN, O_L, FP8)
-    if PINGPONG:
-        mbarrier.arrive(turns.index(1 - W))
-        turn ^= 1
-    scores = scores_of(warpgroup_mma_wait(1, [scores_started]))
-    if not MERGED:
-        mbarrier.arrive(k_empty.index(slot))
-    if VALID:
-        scores = masked(scores, real, S_L, BN)
-    peak_new = gl.maximum(peak, peak_of(scores, factor, FP8))
-    if LAZY:
-        # Weights up to 2^GROWTH are as exact, and the last division makes up for the shift.
-        moved = gl.max(peak_new - peak, 0) > GROWTH
-        peak_new = gl.where(moved, peak_new, peak)
-    shift = finite(peak_new, VALID)
-    p, sums = weights_of(scores, factor, shift, P_L, number, EMULATE)
-    alpha_new = gl.exp2(peak - shift)
-    total = total * alpha_new + sums
-    alpha_new = gl.convert_layout(alpha_new, gl.SliceLayout(1, O_L))
-    product = warpgroup_mma_wait(0, [values_started])
-    if MERGED:
-        mbarrier.arrive(k_empty.index(last))
-    else:
-        mbarrier.arrive(v_empty.index(last))
-    if FP8:
-        acc = acc * alpha[:, None] + product
-    elif LAZY:
-        acc = product
-        if moved:
-            acc = acc * alpha_new[:, None]
-    else:
-        acc = product * alpha_new[:, None]
-    return (acc, p, peak_new, total, alpha_new, slot, phase, turn), real
+    """Outputs and logarithms of this consumer's queries; a copy stops at the end of a head, so that
+    a ragged tile overwrites nothing."""
+    if PERSISTENT:
+        tma.store_wait(0)
+        gl.thread_barrier()
+    o = o_smem.index(W)
+    o.reshape([ROWS, D]).store(out.to(o.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(o_desc, [b, h, m0 + W * ROWS, 0], o)
+    rows = m0 + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_L))
+    gl.store(lse_ptr + head_rows + rows, lse, mask=rows < S)
 
 
 @gluon.jit
 def _consume(
-    descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr, lse_ptr, strides, sizes,
-    scale, tiles,
+    descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr, skips_ptr, lse_ptr, strides,
+    sizes, scale, skip_log2, tiles,
     W: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
     PINGPONG: gl.constexpr, MERGED: gl.constexpr, LAZY: gl.constexpr, EMULATE: gl.constexpr,
@@ -193,6 +117,7 @@ def _consume(
 ):  # fmt: skip
     """Attention of the 64 queries `W * 64 ...` of each tile."""
     VALID: gl.constexpr = valid_ptr is not None
+    SKIP: gl.constexpr = skips_ptr is not None
     INT8: gl.constexpr = descriptors[1].dtype == gl.int8
     FP8: gl.constexpr = descriptors[2].dtype == gl.float8e4nv
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32 if INT8 else 16])
@@ -224,7 +149,7 @@ def _consume(
         mbarrier.wait(q_ready.index(W), parity)
         parity ^= 1
         q = q_smem.index(W).reshape([ROWS, D])
-        started = _scores(q, k_smem, k_ready, slot, phase, D, BN, S_L, INT8)
+        started = start_scores(q, k_smem, k_ready, slot, phase, D, BN, S_L, INT8)
         scores = scores_of(warpgroup_mma_wait(0, [started]))
         if not MERGED:
             mbarrier.arrive(k_empty.index(slot))
@@ -237,6 +162,7 @@ def _consume(
         p, total = weights_of(scores, factor, finite(peak, True), P_L, number, False)
         acc = gl.zeros([ROWS, D], gl.float32, O_L)
         alpha = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, O_L))
+        rows = m0 + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_L))
         state = acc, p, peak, total, alpha, slot, phase, turn
         row = list_ptr, steps, full, length, to_log2, k_row
         first = gl.to_tensor(1)
@@ -244,24 +170,24 @@ def _consume(
             first = gl.maximum(steps - (steps - 1) % 2, 1)
             for i in range(1, first, 2):
                 for j in gl.static_range(2):
-                    state, real = _step(
+                    state, real = step(
                         i + j, state, real, q, row, valid_ptr, k_scale_ptr, buffers, barriers, W, D,
                         BLOCK_K, BN, STAGES, S_L, O_L, P_L, number, PINGPONG, MERGED,
                         LAZY and not VALID, EMULATE and not VALID,
                     )  # fmt: skip
-        for i in range(first, steps):
-            state, real = _step(
+        for i in range(first, 1 if SKIP else steps):
+            state, real = step(
                 i, state, real, q, row, valid_ptr, k_scale_ptr, buffers, barriers, W, D, BLOCK_K,
                 BN, STAGES, S_L, O_L, P_L, number, PINGPONG, MERGED, LAZY and not VALID,
                 EMULATE and not VALID,
             )  # fmt: skip
         acc, p, peak, total, alpha, slot, phase, turn = state
-        if PERSISTENT:
+        if PERSISTENT and not SKIP:
             mbarrier.arrive(q_empty.index(W))
         mbarrier.wait(v_ready.index(slot), phase)
         if VALID and not FP8:
             zero_from(v_smem.index(slot).reshape([BN, D]), real, BN, D)
-        started = _values(p, acc, v_smem, slot, D, BN, O_L, FP8)
+        started = start_values(p, acc, v_smem, slot, D, BN, O_L, FP8)
         product = warpgroup_mma_wait(0, [started])
         if MERGED:
             mbarrier.arrive(k_empty.index(slot))
@@ -270,25 +196,30 @@ def _consume(
         slot, phase = advance(slot, phase, STAGES)
         if FP8:
             product += acc * alpha[:, None]
+        if SKIP:
+            nq = (S + BLOCK_Q - 1) // BLOCK_Q
+            row = list_ptr, steps, full, length, factor, (head * nq + m0 // BLOCK_Q) * nk
+            done = product, peak, total, slot, phase
+            for i in range(1, steps):
+                done = step_or_skip(
+                    i, done, q, row, valid_ptr, skips_ptr, skip_log2, buffers, barriers, rows >= S,
+                    D, BLOCK_K, BN, STAGES, S_L, O_L, P_L, number,
+                )  # fmt: skip
+            product, peak, total, slot, phase = done
+            if PERSISTENT:
+                mbarrier.arrive(q_empty.index(W))
         share = 1.0 / gl.where(total > 0, total, 1.0)
         out = product * gl.convert_layout(share, gl.SliceLayout(1, O_L))[:, None]
         if FP8:
             columns = gl.arange(0, D, gl.SliceLayout(0, O_L))
             out *= gl.load(v_scale_ptr + head * D + columns)[None, :]
-        # The copy stops at the end of a head, so that a ragged tile overwrites nothing.
-        if PERSISTENT:
-            tma.store_wait(0)
-            gl.thread_barrier()
-        o = o_smem.index(W)
-        o.reshape([ROWS, D]).store(out.to(o.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(descriptors[3], [b, h, m0 + W * ROWS, 0], o)
-        rows = m0 + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_L))
         # ln(sum of exp) from log2 units; a row without keys has peak = -inf.
         lse = (peak + gl.log2(total)) * 0.6931471805599453
         if INT8:
             lse += scale * gl.load(shift_ptr + head * S + rows, mask=rows < S, other=0.0)
-        gl.store(lse_ptr + head * S + rows, lse, mask=rows < S)
+        _store(
+            out, lse, o_smem, descriptors[3], lse_ptr, b, h, m0, head * S, S, W, D, S_L, PERSISTENT
+        )  # fmt: skip
     tma.store_wait(0)
 
 
@@ -300,8 +231,8 @@ def _consume(
 )  # fmt: skip
 def hopper_forward(
     q_desc, k_desc, v_desc, o_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr, lse_ptr,
-    idx_ptr, cnt_ptr, valid_ptr, kv_len_ptr, order_ptr,
-    idx_b, idx_h, idx_q, cnt_b, cnt_h, cnt_q, H, S, keys, nk, tiles, scale,
+    idx_ptr, cnt_ptr, valid_ptr, kv_len_ptr, order_ptr, skips_ptr,
+    idx_b, idx_h, idx_q, cnt_b, cnt_h, cnt_q, H, S, keys, nk, tiles, scale, skip_log2,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
     PINGPONG: gl.constexpr, MERGED: gl.constexpr, LAZY: gl.constexpr, EMULATE: gl.constexpr,
@@ -310,7 +241,8 @@ def hopper_forward(
 ):  # fmt: skip
     """See `block_sparse_attention`. Descriptors are 4-D. q_scale_ptr, k_scale_ptr, shift_ptr: of
     INT8 queries and keys, else None; v_scale_ptr: of e4m3 values, which lie transposed with the
-    keys of each 16 in the order of `quantize_values(permuted=True)`, else None."""
+    keys of each 16 in the order of `quantize_values(permuted=True)`, else None. skips_ptr: int32
+    `[B, H, nq, nk]`, where tiles left out are counted, or None: none is."""
     INT8: gl.constexpr = q_scale_ptr is not None
     FP8: gl.constexpr = v_scale_ptr is not None
     V_ROWS: gl.constexpr = D if FP8 else BN
@@ -355,14 +287,16 @@ def hopper_forward(
         gl.warp_specialize(
             [
                 (_consume, (
-                    descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr, lse_ptr,
-                    strides, sizes, scale, tiles, 0, D, BLOCK_Q, BLOCK_K, BN, CONSUMERS,
-                    STAGES, PERSISTENT, PINGPONG, MERGED, LAZY, EMULATE, UNROLL,
+                    descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
+                    skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, MERGED, LAZY, EMULATE,
+                    UNROLL,
                 )),
                 (_consume, (
-                    descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr, lse_ptr,
-                    strides, sizes, scale, tiles, 1, D, BLOCK_Q, BLOCK_K, BN, CONSUMERS,
-                    STAGES, PERSISTENT, PINGPONG, MERGED, LAZY, EMULATE, UNROLL,
+                    descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
+                    skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 1, D, BLOCK_Q,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, MERGED, LAZY, EMULATE,
+                    UNROLL,
                 )),
                 (_produce, (
                     descriptors, buffers, barriers, lists, strides, sizes, tiles, D, BLOCK_Q,
@@ -376,9 +310,10 @@ def hopper_forward(
         gl.warp_specialize(
             [
                 (_consume, (
-                    descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr, lse_ptr,
-                    strides, sizes, scale, tiles, 0, D, BLOCK_Q, BLOCK_K, BN, CONSUMERS,
-                    STAGES, PERSISTENT, False, MERGED, LAZY, EMULATE, UNROLL,
+                    descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
+                    skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, False, MERGED, LAZY, EMULATE,
+                    UNROLL,
                 )),
                 (_produce, (
                     descriptors, buffers, barriers, lists, strides, sizes, tiles, D, BLOCK_Q,

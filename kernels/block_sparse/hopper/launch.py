@@ -1,6 +1,7 @@
 """Launching the Hopper kernel: quantisation where asked, descriptors, the grid."""
 
 from functools import cache
+from math import log2
 
 import torch
 from torch import Tensor
@@ -10,7 +11,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse.hopper.kernel import hopper_forward
 from vdit_sparse.kernels.block_sparse.hopper.variants import Variant
-from vdit_sparse.kernels.block_sparse.layout import empty_outputs, head_strides, real_keys
+from vdit_sparse.kernels.block_sparse.layout import (
+    all_tiles,
+    empty_outputs,
+    head_strides,
+    real_keys,
+)
 from vdit_sparse.kernels.quant import quantize_values, smooth_quantize
 from vdit_sparse.kernels.triton_ops import shared_strides
 
@@ -40,6 +46,25 @@ def launch(
     return out, lse
 
 
+def launch_skipping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    scale: float,
+    kv_len: Tensor | None,
+    skip_threshold: float,
+    variant: Variant,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `skipping_attention`. Values of tiles left out are loaded all the same: the producer runs
+    ahead of what decides it."""
+    out, lse = empty_outputs(q)
+    skips = torch.zeros(*q.shape[:2], mask.nq, mask.nk, dtype=torch.int32, device=q.device)
+    inputs = quantized(q, k, v, mask, kv_len, "bf16")
+    attend(inputs, out, lse, mask, scale, kv_len, variant, k.shape[2], skips, skip_threshold)
+    return out, lse, all_tiles(skips, q.shape[2], mask, 64, variant.keys)
+
+
 def quantized(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, kv_len: Tensor | None, precision: str
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]:
@@ -59,9 +84,10 @@ def quantized(
 
 def attend(
     inputs: tuple, out: Tensor, lse: Tensor, mask: BlockMask, scale: float, kv_len: Tensor | None,
-    variant: Variant, keys: int,
+    variant: Variant, keys: int, skips: Tensor | None = None, skip_threshold: float = 1.0,
 ) -> None:  # fmt: skip
-    """Attention of what `quantized` gives into out and lse."""
+    """Attention of what `quantized` gives into out and lse. skips: int32 `[B, H, nq, nk]`, to which
+    each tile left out adds 1, or None: none is."""
     (q, k, v), scales = inputs
     B, H, S, D = out.shape
     transposed = v.dtype == torch.float8_e4m3fn
@@ -76,8 +102,8 @@ def attend(
             descriptor(q, 64, D), descriptor(k, variant.keys, D),
             descriptor(v, *((D, variant.keys) if transposed else (variant.keys, D))),
             descriptor(out, 64, D), *scales, lse, idx, mask.cnt, mask.valid, kv_len, order,
-            *shared_strides(idx), *shared_strides(mask.cnt), H, S, keys, mask.nk, tiles, scale,
-            D=D, BLOCK_Q=mask.block_q, BLOCK_K=mask.block_k,
+            skips, *shared_strides(idx), *shared_strides(mask.cnt), H, S, keys, mask.nk, tiles,
+            scale, log2(skip_threshold), D=D, BLOCK_Q=mask.block_q, BLOCK_K=mask.block_k,
             **variant.constants, **variant.options,
         )  # fmt: skip
 

@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
+ROWS = gl.constexpr(64)  # queries of a consumer
 LOG2_448 = gl.constexpr(8.807354922057604)  # of the largest number of e4m3
 GROWTH = gl.constexpr(8.0)  # log2 of how far a stale maximum may be exceeded
 # Three of four exponentials in the special function unit, the fourth on the FMA units: 2^x is
