@@ -61,11 +61,7 @@ def apply(
         _check(model, methods[name])
     clock = Clock(_schedule_of(target))
     for name, model in denoisers.items():
-        run = _run_of(model)
-        if run is not None and run.lost(model):
-            remove(model)
-            run = None
-        run = run or _install(name, model)
+        run = _installed(name, model)
         run.clock = clock
         look = SpotCheck(strict) if check or strict else None
         run.use(methods[name], origin_of(target, name, model), timed, look)
@@ -202,6 +198,14 @@ def _check(model: torch.nn.Module, method: object) -> None:
 
 def _runs(target: Target) -> list[Run]:
     return [run for model in _denoisers(target).values() if (run := _run_of(model)) is not None]
+
+
+def _installed(name: str, model: torch.nn.Module) -> Run:
+    run = _run_of(model)
+    if run is not None and run.lost(model):
+        remove(model)
+        run = None
+    return run or _install(name, model)
 
 
 def _install(name: str, model: torch.nn.Module) -> Run:
