@@ -116,7 +116,8 @@ def _facts(findings: Findings) -> str:
 def _arrow(name: str) -> str:
     if name not in ALL_METRICS:
         return ""
-    return " ↑" if ALL_METRICS[name].higher_is_better else " ↓"
+    # A space that does not break.
+    return "\N{NO-BREAK SPACE}" + ("↑" if ALL_METRICS[name].higher_is_better else "↓")
 
 
 def _cells(findings: Findings, columns: Sequence[str]) -> list[list[str]]:

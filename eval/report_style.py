@@ -16,6 +16,7 @@ th, td { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--rul
 th { vertical-align: bottom; white-space: normal; font-weight: 600; font-size: 13px;
   min-width: 60px; }
 th.name, td.name { text-align: left; white-space: normal; min-width: 150px; }
+th:first-child { min-width: 0; }
 td small { color: var(--faint); }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 7px; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 18px; }

@@ -217,7 +217,7 @@ def test_the_page_is_whole_and_alone(findings):
     assert "tiny &lt;b&gt; on toy" in text and "radial x&lt;1" in text and "<b>" not in text
     # PSNR and SSIM, over density and over seconds.
     assert text.count("<svg") == 4 and "it is lost" in text and "out of memory" in text
-    assert f"<th>{heading('psnr')} ↑</th>" in text
+    assert f"<th>{heading('psnr')}\N{NO-BREAK SPACE}↑</th>" in text
 
 
 def test_a_plot_shows_points_where_they_are():
