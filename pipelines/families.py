@@ -13,6 +13,7 @@ from vdit_sparse.method import SparseAttention
 # Transformer class -> module that holds its `FAMILY`; imported on demand.
 FAMILIES = {
     "AllegroTransformer3DModel": "vdit_sparse.pipelines.allegro",
+    "ChromaTransformer2DModel": "vdit_sparse.pipelines.chroma",
     "CogVideoXTransformer3DModel": "vdit_sparse.pipelines.cogvideox",
     "CosmosTransformer3DModel": "vdit_sparse.pipelines.cosmos",
     "Flux2Transformer2DModel": "vdit_sparse.pipelines.flux2",

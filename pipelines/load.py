@@ -16,6 +16,9 @@ FEW_STEP = "mini-fast"
 # Class in a checkpoint's model_index.json -> ours, imported on demand.
 PIPELINES = {
     "AllegroPipeline": "vdit_sparse.pipelines.allegro",
+    "ChromaImg2ImgPipeline": "vdit_sparse.pipelines.chroma",
+    "ChromaInpaintPipeline": "vdit_sparse.pipelines.chroma",
+    "ChromaPipeline": "vdit_sparse.pipelines.chroma",
     "CogVideoXImageToVideoPipeline": "vdit_sparse.pipelines.cogvideox",
     "CogVideoXPipeline": "vdit_sparse.pipelines.cogvideox",
     "CogVideoXVideoToVideoPipeline": "vdit_sparse.pipelines.cogvideox",

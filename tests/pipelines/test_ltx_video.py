@@ -48,9 +48,18 @@ def test_a_video_is_found_among_other_tokens(height):
     assert find_video(twice) == (Grid(3, height, 5, 15 * height), 0)
 
 
-def test_a_frame_that_is_no_raster_is_refused():
-    with pytest.raises(ValueError, match=r"rows of one width, got \[5, 4\]"):
-        find_video(raster([0], 2, 5)[:, :-1])
+def test_a_keyframe_behind_the_video_is_no_frame_of_it():
+    coords = torch.cat([raster([0, 1, 9], 2, 5), raster([16], 2, 5)], dim=1)
+    ends = torch.tensor([1, 9, 17, 17]).repeat_interleave(10)
+    assert find_video(coords, ends) == (Grid(3, 2, 5, 10), 0)
+    assert find_video(coords) == (Grid(4, 2, 5, 0), 0)
+
+
+def test_tokens_without_equal_rows_are_no_video():
+    part = raster([0], 2, 5)[:, :-1]
+    with pytest.raises(ValueError, match="a video among 9 tokens: frames of equal rows"):
+        find_video(part)
+    assert find_video(torch.cat([part, raster([0, 1], 2, 5)], dim=1)) == (Grid(2, 2, 5, 9), 9)
 
 
 def test_long_videos_of_several_prompts():

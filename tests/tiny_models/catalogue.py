@@ -2,6 +2,7 @@
 
 from tests.tiny_models import (
     allegro,
+    chroma,
     cogvideox,
     cosmos,
     flux,
@@ -25,6 +26,7 @@ from tests.tiny_models import (
 
 TINY = {
     **allegro.TINY,
+    **chroma.TINY,
     **cogvideox.TINY,
     **cosmos.TINY,
     **flux.TINY,

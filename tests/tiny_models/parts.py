@@ -17,6 +17,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GemmaTokenizer,
     LlamaConfig,
     LlamaModel,
     LlamaTokenizer,
@@ -186,6 +189,37 @@ def llama_encoder(width: int = 16) -> LlamaModel:
         pad_token_id=2,
     )
     return LlamaModel(config).eval()
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *CHARACTERS]
+    ids = {token: number for number, token in enumerate(tokens)}
+    return GemmaTokenizer(vocab=ids, merges=[], model_max_length=512)
+
+
+def gemma3_encoder(width: int = 16) -> Gemma3ForConditionalGeneration:
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 128,
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    images = {"mm_tokens_per_image": 4, "image_token_index": 122}
+    images |= {"boi_token_index": 120, "eoi_token_index": 121}
+    config = Gemma3Config(text_config=text, vision_config=vision, **images)
+    return Gemma3ForConditionalGeneration(config).eval()
 
 
 def encoding_once(vae: torch.nn.Module) -> torch.nn.Module:
