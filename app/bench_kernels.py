@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from vdit_sparse.call import Call
 from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.bench.measure import Masked, Row, as_data, run
 from vdit_sparse.kernels.bench.problem import Problem, Shape
+from vdit_sparse.kernels.bench.report import line
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def measure(bench: KernelBench, say: Callable[[str], None]) -> Iterator[list[dic
                 for pattern in bench.patterns
             ]
             own, failed = own_masks(bench, shape, problem)
-            rows = run(problem, bench.kernels, masks + own) + failed
+            rows = run(problem, bench.kernels, masks + own, lambda row: say(line(asdict(row))))
+            rows += failed
         yield [{"shape": name, **row} for row in as_data(problem, rows)]
 
 

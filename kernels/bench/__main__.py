@@ -1,6 +1,7 @@
 """`python -m vdit_sparse.kernels.bench`, see the package."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from vdit_sparse.kernels.bench.kernels import CPU_KERNELS, GPU_KERNELS, KERNELS
 from vdit_sparse.kernels.bench.measure import as_data, masks_of, run
 from vdit_sparse.kernels.bench.prepare import run_passes
 from vdit_sparse.kernels.bench.problem import DTYPES, PATTERNS, Problem
-from vdit_sparse.kernels.bench.report import machine, report, roofline
+from vdit_sparse.kernels.bench.report import line, machine, report, roofline
 from vdit_sparse.kernels.bench.tune import tune
 
 
@@ -45,7 +46,8 @@ def main() -> None:
         if options.tune:
             rows = tune(problem, options.pattern[0], options.density[0])
         else:
-            rows = run(problem, names, masks_of(problem, options.pattern, options.density))
+            masks = masks_of(problem, options.pattern, options.density)
+            rows = run(problem, names, masks, lambda row: print(line(asdict(row)), flush=True))
     data, facts = as_data(problem, rows), machine(device)
     report(data, facts, options.csv)
     if options.png:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -45,24 +45,37 @@ def masks_of(problem: Problem, patterns: Iterable[str], densities: Iterable[floa
     return [Masked(p, problem.mask(p, density)) for density in densities for p in patterns]
 
 
-def run(problem: Problem, names: Iterable[str], masks: Iterable[Masked]) -> list[Row]:
+def run(
+    problem: Problem,
+    names: Iterable[str],
+    masks: Iterable[Masked],
+    tell: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
     """Every kernel on every mask; what cannot run is a row with the reason. A GPU times dense
-    kernels once, a CPU with each mask and in turns with the sparse ones."""
-    names, on_gpu = list(names), problem.device.type == "cuda"
-    tensors, rows = problem.tensors(), []
+    kernels once, a CPU with each mask and in turns with the sparse ones. `tell` is given each row
+    as soon as it is known."""
+    rows = []
+    for row in _rows(problem, list(names), masks):
+        tell(row)
+        rows.append(row)
+    return rows
+
+
+def _rows(problem: Problem, names: list[str], masks: Iterable[Masked]) -> Iterator[Row]:
+    on_gpu, tensors = problem.device.type == "cuda", problem.tensors()
     if on_gpu:
-        dense = [name for name in names if name in DENSE]
+        for name in filter(DENSE.__contains__, names):
+            yield checked(name, tensors, Masked("dense"), time_gpu)[0]
         names = [name for name in names if name not in DENSE]
-        rows = [checked(name, tensors, Masked("dense"), time_gpu)[0] for name in dense]
     for masked in masks:
         tokens = masked.tokens or problem.tokens
         if tokens != tensors[0].shape[2]:
             tensors = replace(problem, tokens=tokens).tensors()
         if on_gpu:
-            rows += [checked(name, tensors, masked, time_gpu)[0] for name in names]
+            for name in names:
+                yield checked(name, tensors, masked, time_gpu)[0]
         else:
-            rows += _in_turns(names, tensors, masked)
-    return rows
+            yield from _in_turns(names, tensors, masked)
 
 
 def checked(
