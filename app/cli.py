@@ -1,4 +1,4 @@
-"""The command line: `vdit-sparse generate | calibrate | eval | methods | doctor | bench`.
+"""The command line: `vdit-sparse generate | calibrate | eval | demo | methods | doctor | bench`.
 
 Only the standard library, typer and rich are imported here, so that `--help` answers at once.
 """
@@ -6,6 +6,7 @@ Only the standard library, typer and rich are imported here, so that `--help` an
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +24,7 @@ QUIET = {
     "HF_HUB_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
 }
 # What torchrun tells each of its processes.
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -197,6 +199,46 @@ def calibrate(
         with bars() as progress:
             said = make(request, progress)
         typer.echo("\n".join(said))
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    host: Annotated[
+        str, _option(MACHINE, "Address to listen on; others see the loopback's only if told.")
+    ] = "127.0.0.1",
+    port: Annotated[int, _option(MACHINE, "Port to listen on.")] = 7860,
+    auth: Annotated[
+        str | None,
+        _option(MACHINE, "Ask for this; @FILE reads it.", metavar="USER:PASSWORD"),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        _option(MODEL, "Offer this beside the bundled one; repeatable.", metavar="ID_OR_PATH"),
+    ] = None,
+    models: Annotated[
+        Path | None, _option(MODEL, "Offer every model below this folder.", metavar="DIR")
+    ] = None,
+    device: Device = None,
+    state: Annotated[Path, _option(FILES, "Folder for the users' runs.", metavar="DIR")] = Path(
+        "outputs/studio"
+    ),
+    max_pixels: Annotated[int | None, _option(MACHINE, "Most pixels of a frame.")] = None,
+    max_frames: Annotated[int | None, _option(MACHINE, "Most frames of a video.")] = None,
+    max_steps: Annotated[int | None, _option(MACHINE, "Most denoising steps.")] = None,
+    max_waiting: Annotated[int | None, _option(MACHINE, "Most runs in the queue.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Open the studio: make, compare and inspect videos in a browser."""
+    with errors(debug):
+        from vdit_sparse.app.demo.command import check_gradio, parse_studio
+
+        check_gradio()
+        studio = parse_studio(context.params)
+        from vdit_sparse.app.demo.server import serve
+
+        typer.echo(f"The studio is at http://{host}:{port} (Ctrl-C ends it).")
+        serve(studio, host, port)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Videos of one prompt: the same model, text and noise through several methods, and a report."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 from vdit_sparse.app.checks import check_before_loading, read_image, smallest_size
@@ -21,8 +21,12 @@ class RunFailed(Exception):
     """A run went wrong; what was finished before is in the output folder. Exit code 1."""
 
 
-def generate(request: Request, progress: Progress) -> Report:
+def generate(
+    request: Request, progress: Progress, load: Callable[[Request], object] = load
+) -> Report:
     """Makes the videos, and writes them with their comparison and report into `request.out`.
+
+    load: gives the request's pipeline, as `app.loading.load` does; the studio keeps its own.
 
     Each video and the report are written as soon as a run is finished, so a later failure loses
     nothing; while none is, the folder keeps what it had. Raises InputError for what the caller can

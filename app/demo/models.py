@@ -1,0 +1,116 @@
+"""The models that a studio offers: what each is, and which names a user may give."""
+
+import inspect
+import json
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from vdit_sparse.app.checks import BUNDLED, Geometry, bundled_model, geometry_of_folder
+from vdit_sparse.app.demo.limits import Studio
+from vdit_sparse.app.options import InputError
+
+BUNDLED_NAME = "bundled"
+# Formats that run code when they are read.
+PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+ARGUMENTS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What can be said of a model without loading it; empty or None where nothing is known.
+
+    defaults: arguments of its call; geometry: sizes that it can have; presets: names; takes_image:
+    whether it makes videos from an image.
+    """
+
+    defaults: dict
+    geometry: Geometry | None
+    presets: tuple[str, ...]
+    takes_image: bool
+
+
+def offered(studio: Studio) -> list[str]:
+    """Names of the models to choose from: the bundled one, those that the studio was started with,
+    and the folders below its root that hold one."""
+    names = [BUNDLED_NAME, *studio.models]
+    if studio.root is not None:
+        found = sorted(studio.root.glob("*/model_index.json"))
+        found += sorted(studio.root.glob("*/*/model_index.json"))
+        names += [str(file.parent.relative_to(studio.root)) for file in found]
+    return list(dict.fromkeys(names))
+
+
+def resolve(name: str, studio: Studio) -> str | None:
+    """What `load_pipeline` takes for a name that a user gave. Raises InputError for one that this
+    studio does not offer, outside its root, or with weights that are pickles."""
+    if name in ("", BUNDLED_NAME):
+        return None
+    if name in studio.models:
+        return name
+    folder = _below_root(name, studio)
+    pickled = sorted(file.name for file in folder.rglob("*") if file.suffix in PICKLES)
+    if pickled:
+        raise InputError(
+            f"The model {name} has files that run code when they are read ({pickled[0]}): save it "
+            "as safetensors."
+        )
+    return str(folder)
+
+
+def _below_root(name: str, studio: Studio) -> Path:
+    refused = InputError(
+        f"This studio has no model {name[:80]!r}. Choose one of the list, or ask whoever runs it "
+        "to start it with --model."
+    )
+    # A path of the system's is judged after every link and ".." in it.
+    if studio.root is None or "\0" in name:
+        raise refused
+    root = studio.root.resolve()
+    folder = (root / name).resolve()
+    if not folder.is_relative_to(root) or not (folder / "model_index.json").is_file():
+        raise refused
+    return folder
+
+
+def known(model: str | None) -> Known:
+    """What the files of a model say; `model` as `resolve` gives it."""
+    folder = bundled_model() if model in BUNDLED else Path(model)
+    pipeline, transformer = (
+        _json(folder / name).get("_class_name")
+        for name in ("model_index.json", "transformer/config.json")
+    )
+    stock = _signature(pipeline)
+    arguments = {name: stock[name].default for name in ARGUMENTS if name in stock}
+    return Known(
+        {**arguments, "fps": 16, **_json(folder / "generation.json")},
+        geometry_of_folder(model),
+        _presets(transformer, model in BUNDLED),
+        "image" in stock,
+    )
+
+
+def _signature(pipeline: str | None) -> dict[str, inspect.Parameter]:
+    from vdit_sparse.pipelines.attach import SparsePipelineMixin
+    from vdit_sparse.pipelines.load import PIPELINES
+
+    if pipeline not in PIPELINES:
+        return {}
+    kind = getattr(import_module(PIPELINES[pipeline]), pipeline)
+    # diffusers' own call, behind the mixin's.
+    return dict(inspect.signature(super(SparsePipelineMixin, kind).__call__).parameters)
+
+
+def _presets(transformer: str | None, bundled: bool) -> tuple[str, ...]:
+    """The presets of a transformer's class; those for the bundled model are for that alone."""
+    from vdit_sparse.app.options import presets_by_family
+
+    names = presets_by_family().get(transformer, ())
+    return tuple(name for name in names if name.endswith("-mini") == bundled)
+
+
+def _json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,182 @@
+"""The page: what to make on the left, what to do with it in tabs on the right.
+
+Gradio has the inputs, the buttons and the API; what it has no part for (forms of methods, runs as
+they go, the player, the gallery) are elements of static/*.js, which read the addresses of
+`routes.py`.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import gradio as gr
+from gradio.components import Component
+
+from vdit_sparse.app.demo.desk import Desk
+from vdit_sparse.app.demo.models import BUNDLED_NAME
+from vdit_sparse.app.demo.routes import owner_in
+from vdit_sparse.app.demo.worker import in_words
+from vdit_sparse.app.options import InputError
+
+TITLE = "vdit-sparse studio"
+AUTO = "auto"
+DTYPES = (AUTO, "bf16", "fp16", "fp32")
+# Parts of a model's own height and width that are offered.
+SCALES = (1.0, 0.75, 0.5)
+# Entries of a form, in the order of the inputs.
+ENTRIES = (
+    *("prompt", "model", "size", "num_frames", "steps", "seed", "dtype", "negative_prompt"),
+    *("guidance_scale", "calibration", "image", "runs"),
+)
+# The last input is what the page's own elements say.
+RUNS = "(...given) => { given[given.length - 1] = studio.runs('%s'); return given; }"
+ANSWERED = "(answer) => studio.answer('%s', answer)"
+NO_COOKIE = "This browser sends no cookies. Allow them here: they say which runs are yours."
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+def build_page(desk: Desk) -> gr.Blocks:
+    """The page of a desk."""
+    with gr.Blocks(
+        title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 24 * 3600)
+    ) as page:
+        gr.HTML("<studio-header></studio-header>", elem_id="header")
+        with gr.Row(elem_id="studio"):
+            with gr.Column(elem_id="what", scale=2, min_width=300):
+                inputs = _what(desk, page)
+            with gr.Column(elem_id="how", scale=5, min_width=300), gr.Tabs(elem_id="tabs"):
+                for kind, title in (("generate", "Generate"), ("compare", "Compare")):
+                    with gr.Tab(title, id=kind):
+                        _runs_tab(desk, kind, title, inputs)
+        gr.HTML("<studio-gallery></studio-gallery>", elem_id="gallery")
+    return page
+
+
+def _what(desk: Desk, page: gr.Blocks) -> list[Component]:
+    """The inputs that all runs share, in the order of `ENTRIES`."""
+    limits = desk.studio.limits
+    prompt = gr.Textbox(label="Prompt", lines=3, max_lines=8, elem_id="prompt")
+    gr.HTML("<studio-examples></studio-examples>")
+    model = gr.Dropdown(
+        [BUNDLED_NAME], value=BUNDLED_NAME, label="Model", elem_id="model", allow_custom_value=True
+    )
+    size = gr.Dropdown([], label="Size", elem_id="size", allow_custom_value=True)
+    frames = gr.Slider(1, limits.frames, step=1, label="Frames", elem_id="frames")
+    steps = gr.Slider(1, limits.steps, step=1, label="Steps", elem_id="steps")
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=90)
+        dtype = gr.Dropdown(DTYPES, value=AUTO, label="Precision", elem_id="dtype", min_width=90)
+    with gr.Accordion("More", open=False, elem_id="more"):
+        negative = gr.Textbox(label="Negative prompt", elem_id="negative")
+        guidance = gr.Slider(0, 12, step=0.5, label="Guidance", elem_id="guidance")
+        calibration = _upload("Calibration", ".safetensors", desk.upload_calibration)
+        image = _upload("First frame", "image", desk.upload_image)
+    about = _about(desk)
+    outputs = [size, frames, steps, guidance]
+    page.load(lambda: gr.update(choices=desk.forms()["models"]), None, model, **QUIET)
+    for event in (page.load, model.change):
+        event(about, [model], outputs, **QUIET)
+        event(None, [model], None, js="(model) => studio.model(model)")
+    return [prompt, model, size, frames, steps, seed, dtype, negative, guidance, calibration, image]
+
+
+def _upload(label: str, kind: str, keep: Callable[[str, Path], tuple[str, str]]) -> Component:
+    """A place for a file, and a hidden input with the name that it is kept under."""
+    place = gr.File(label=label, file_types=[kind], height=110, elem_id=label.split()[0].lower())
+    said = gr.Markdown("", elem_classes="said")
+    name = gr.Textbox(visible="hidden")
+
+    def sent(file: str | None, request: gr.Request):
+        if file is None:
+            return "", ""
+        try:
+            return keep(owner_of_page(request), Path(file))
+        except InputError as error:
+            return "", f"<span class='st-error'>{in_words(error)}</span>"
+
+    place.change(sent, [place], [name, said], **QUIET)
+    return name
+
+
+def _about(desk: Desk) -> Callable:
+    """Model -> what size, frames, steps and guidance are for it."""
+    limits = desk.studio.limits
+
+    def about(model: str) -> tuple:
+        try:
+            found = desk.about(model or "")
+        except InputError:
+            return (gr.update(),) * 4
+        own, unit = found["defaults"], found["geometry"] or (16, 16, 4)
+        sizes = sizes_of(own, unit)
+        frames = min(own.get("num_frames") or 1, limits.frames)
+        most = 1 + (limits.frames - 1) // unit[2] * unit[2]
+        return (
+            gr.update(choices=sizes, value=sizes[0] if sizes else None),
+            gr.update(value=frames, step=unit[2], maximum=most),
+            gr.update(value=min(own.get("num_inference_steps") or 50, limits.steps)),
+            gr.update(value=own.get("guidance_scale") or 0),
+        )
+
+    return about
+
+
+def sizes_of(defaults: dict, unit: tuple[int, int, int]) -> list[str]:
+    """Sizes to choose from: the model's own, smaller ones of its shape, upright, and square."""
+    height, width = defaults.get("height"), defaults.get("width")
+    if not height or not width:
+        return []
+    shapes = [(height * scale, width * scale) for scale in SCALES]
+    shapes += [(width, height), (min(height, width),) * 2]
+    sizes = [
+        tuple(max(1, round(x / u)) * u for x, u in zip(shape, unit, strict=False))
+        for shape in shapes
+    ]
+    return list(dict.fromkeys(f"{h}x{w}" for h, w in sizes))
+
+
+def _runs_tab(desk: Desk, kind: str, title: str, inputs: list[Component]) -> None:
+    most = desk.studio.limits.compared if kind == "compare" else 1
+    gr.HTML(f'<studio-methods kind="{kind}" most="{most}"></studio-methods>')
+    start = gr.Button(title, variant="primary", elem_id=f"start-{kind}", elem_classes="start")
+    runs, answer = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
+    gr.HTML(f'<studio-stage kind="{kind}"></studio-stage>')
+
+    def submit(*values, request: gr.Request) -> str:
+        form = form_of(values)
+        try:
+            job = desk.submit(owner_of_page(request), kind, form)
+        except InputError as error:
+            return json.dumps({"error": in_words(error)})
+        return json.dumps({"name": job.name})
+
+    start.click(
+        _with_request(submit), [*inputs, runs], [answer], js=RUNS % kind, queue=False, **QUIET
+    ).then(None, [answer], None, js=ANSWERED % kind)
+
+
+def _with_request(submit: Callable) -> Callable:
+    """Gradio gives the request to an argument with its type, not behind `*values`."""
+
+    def called(request: gr.Request, *values):
+        return submit(*values, request=request)
+
+    return called
+
+
+def form_of(values: tuple) -> dict:
+    """The form that `ask.read` takes, from the values of the inputs."""
+    form = dict(zip(ENTRIES, values, strict=True))
+    form["runs"] = json.loads(form["runs"] or "[]")
+    form["dtype"] = None if form["dtype"] == AUTO else form["dtype"]
+    for name in ("num_frames", "steps", "seed"):
+        form[name] = None if form[name] is None else int(form[name])
+    return form
+
+
+def owner_of_page(request: gr.Request) -> str:
+    """The key of the user whose page asks. Raises InputError for a browser without cookies."""
+    owner = owner_in(request)
+    if owner is None:
+        raise InputError(NO_COOKIE)
+    return owner

@@ -1,0 +1,149 @@
+// What all elements of the studio share: requests, building of elements, theme, tabs, shortcuts.
+"use strict";
+
+const studio = (() => {
+  const bus = new EventTarget();
+
+  // JSON of an address below /studio. Throws Error with words for the user.
+  async function get(path, method = "GET") {
+    let answer;
+    try {
+      answer = await fetch(`/studio/${path}`, { method });
+    } catch {
+      throw new Error("The studio does not answer. Is it still running?");
+    }
+    const content = await answer.json().catch(() => ({}));
+    if (!answer.ok) throw Object.assign(new Error(content.error || `The studio says ${answer.status}.`), { status: answer.status });
+    return content;
+  }
+
+  // An element: h("p", {class: "x", onclick: f}, "text", child, ...).
+  function h(tag, attributes = {}, ...children) {
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+      else if (name in element && typeof value !== "string") element[name] = value;
+      else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
+    }
+    element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+    return element;
+  }
+
+  let forms;
+  const known = () => (forms ??= get("forms").catch((error) => { forms = undefined; throw error; }));
+
+  // A text input of Gradio's, as if it was typed.
+  function type(id, text) {
+    const field = document.querySelector(`#${id} textarea, #${id} input`);
+    if (!field) return;
+    const home = field.tagName === "TEXTAREA" ? HTMLTextAreaElement : HTMLInputElement;
+    Object.getOwnPropertyDescriptor(home.prototype, "value").set.call(field, text);
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  }
+
+  const tab = () => document.querySelector('#tabs [role="tab"][aria-selected="true"]')?.textContent.trim() ?? "";
+  const openTab = (title) => [...document.querySelectorAll('#tabs [role="tab"]')].find((one) => one.textContent.trim() === title)?.click();
+  const visible = (selector) => [...document.querySelectorAll(selector)].find((one) => one.offsetParent !== null);
+
+  let note;
+  function say(text) {
+    note?.remove();
+    note = h("div", { class: "st-note", role: "status" }, text);
+    document.body.append(note);
+    setTimeout(() => note?.remove(), 2600);
+  }
+
+  async function copy(text) {
+    try {
+      await navigator.clipboard.writeText(text);
+      say("Copied");
+    } catch {
+      say("This browser copies over https or on localhost only: select the text.");
+    }
+  }
+
+  function theme(dark) {
+    document.body.classList.toggle("dark", dark);
+    try { localStorage.setItem("studio-theme", dark ? "dark" : "light"); } catch { /* private window */ }
+    bus.dispatchEvent(new CustomEvent("theme"));
+  }
+
+  const number = (value, digits = 2, unit = "") =>
+    value === null || value === undefined || Number.isNaN(value) ? "–" : value.toFixed(digits) + unit;
+  const seconds = (value) =>
+    value === null || value === undefined ? "–" : value >= 90 ? `${Math.floor(value / 60)} min ${Math.round(value % 60)} s` : value >= 10 ? `${Math.round(value)} s` : `${value.toFixed(1)} s`;
+  const file = (run, name) => `/studio/files/${run}/${name}`;
+
+  return {
+    bus, get, h, known, type, tab, openTab, visible, say, copy, theme, number, seconds, file,
+    post: (path) => get(path, "POST"),
+    on: (name, action) => bus.addEventListener(name, (event) => action(event.detail)),
+    tell: (name, detail) => bus.dispatchEvent(new CustomEvent(name, { detail })),
+    // Called by Gradio's events in page.py.
+    model: (name) => studio.tell("model", name),
+    runs: (kind) => JSON.stringify(document.querySelector(`studio-methods[kind="${kind}"]`)?.runs() ?? []),
+    answer: (kind, text) => document.querySelector(`studio-stage[kind="${kind}"]`)?.answer(JSON.parse(text)),
+  };
+})();
+
+class StudioHeader extends HTMLElement {
+  connectedCallback() {
+    const { h } = studio;
+    let stored = null;
+    try { stored = localStorage.getItem("studio-theme"); } catch { /* private window */ }
+    studio.theme(stored ? stored === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
+    this.replaceChildren(
+      h("img", { src: "/studio/static/icon.svg", alt: "", width: "30", height: "30" }),
+      h("div", { class: "st-brand" }, h("h1", {}, "vdit-sparse studio"), h("p", {}, "See what sparse attention does to a video, and what it saves.")),
+      h("button", { class: "st-icon", title: "Keyboard shortcuts (?)", "aria-label": "Keyboard shortcuts", onclick: shortcuts }, "?"),
+      h("button", { class: "st-icon", title: "Light or dark", "aria-label": "Light or dark", onclick: () => studio.theme(!document.body.classList.contains("dark")) }, "◐"),
+    );
+  }
+}
+
+class StudioExamples extends HTMLElement {
+  async connectedCallback() {
+    const { examples } = await studio.known();
+    this.replaceChildren(...examples.map((text) => studio.h("button", { class: "st-chip", title: text, onclick: () => studio.type("prompt", text) }, text)));
+    const field = document.querySelector("#prompt textarea");
+    if (field && !field.value) studio.type("prompt", examples[0]);
+  }
+}
+
+const KEYS = [
+  ["Ctrl + Enter", "start what the open tab does"],
+  ["Esc", "cancel the run that is going on"],
+  ["Space", "play or pause"],
+  ["← →", "one frame back or on"],
+  ["1 2 3", "side by side, wipe, difference"],
+  ["D", "light or dark"],
+  ["?", "this list"],
+];
+
+function shortcuts() {
+  const { h } = studio;
+  const list = h("dl", {}, KEYS.map(([key, text]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, text)]));
+  const box = h("dialog", { class: "st-dialog" }, h("h2", {}, "Keyboard"), list, h("button", { class: "st-button", onclick: () => box.close() }, "Close"));
+  box.addEventListener("close", () => box.remove());
+  box.addEventListener("click", (event) => event.target === box && box.close());
+  document.body.append(box);
+  box.showModal();
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey && event.key === "Enter") {
+    event.preventDefault();
+    studio.visible("button.start, .start button")?.click();
+    return;
+  }
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "Escape" && !document.querySelector("dialog[open]")) studio.visible("studio-stage")?.cancel();
+  const from = event.target;
+  if (from.closest?.("input, textarea, select, button, summary, [role=tab], [role=slider], [contenteditable]")) return;
+  if (event.key === "?") shortcuts();
+  else if (event.key === "d") studio.theme(!document.body.classList.contains("dark"));
+  else if (studio.visible("studio-player")?.key(event.key)) event.preventDefault();
+});
+
+customElements.define("studio-header", StudioHeader);
+customElements.define("studio-examples", StudioExamples);
