@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio_ffmpeg
 import torch
 from torch import Tensor
 
@@ -59,6 +60,7 @@ STANDARD_ONLY += ("spatial_relationship",)
 NATIVE = ("temporal_flickering",)
 SAMPLES = 5  # videos of a prompt
 LONG_SECONDS = 5.0
+AS_OPENCV_4 = ["-vf", "scale=in_color_matrix=bt601:flags=bicubic", "-fps_mode", "passthrough"]
 DRIVER = Path(__file__).with_name("vbench_driver.py")
 
 
@@ -108,8 +110,7 @@ def videos_of(folder: Path, dimension: str, entries: Sequence[Mapping] | None) -
 
 def flickering(files: Sequence[Path]) -> float:
     """VBench's temporal_flickering: the mean over videos of 1 - mean |difference| / 255 of
-    neighbouring frames, which OpenCV decodes, as there. Raises DimensionFailed for a file that
-    cannot be read and where OpenCV is missing."""
+    neighbouring frames. Raises DimensionFailed for a file that cannot be read."""
     metric = ALL_METRICS["temporal_flickering"]
     try:
         return sum(metric(read_frames(file)) for file in files) / len(files)
@@ -118,28 +119,28 @@ def flickering(files: Sequence[Path]) -> float:
 
 
 def read_frames(file: Path) -> Tensor:
-    """Frames uint8 `[T, 3, H, W]` as OpenCV decodes them (blue first)."""
+    """Frames uint8 `[T, 3, H, W]`, the very ones that VBench sees: OpenCV 4, to which its pins hold
+    it, takes every video for BT.601, whatever its tags say; OpenCV 5 does not."""
+    reader = imageio_ffmpeg.read_frames(str(file), output_params=AS_OPENCV_4)
     try:
-        import cv2
-    except ImportError as error:
-        raise DimensionFailed("it needs OpenCV: pip install 'vdit-sparse[eval]'") from error
-    video, frames = cv2.VideoCapture(str(file)), []
-    while (read := video.read())[0]:
-        frames.append(torch.from_numpy(read[1]).permute(2, 0, 1))
-    video.release()
+        width, height = next(reader)["size"]
+        frames = [torch.frombuffer(bytearray(each), dtype=torch.uint8) for each in reader]
+    except (OSError, StopIteration) as error:
+        raise DimensionFailed(f"{file} cannot be decoded: remove it, and make it again") from error
     if not frames:
-        raise DimensionFailed(f"{file} cannot be decoded: remove it, and make it again")
-    return torch.stack(frames)
+        raise DimensionFailed(f"{file} has no frames: remove it, and make it again")
+    return torch.stack(frames).view(-1, height, width, 3).permute(0, 3, 1, 2)
 
 
 def seconds(file: Path) -> float:
     """How long a video is, by its header; 0 where it cannot be read."""
-    import cv2
-
-    video = cv2.VideoCapture(str(file))
-    count, fps = video.get(cv2.CAP_PROP_FRAME_COUNT), video.get(cv2.CAP_PROP_FPS)
-    video.release()
-    return count / fps if fps else 0.0
+    reader = imageio_ffmpeg.read_frames(str(file))
+    try:
+        return next(reader)["duration"]
+    except (OSError, StopIteration):
+        return 0.0
+    finally:
+        reader.close()
 
 
 def by_package(

@@ -13,7 +13,15 @@ import torch
 from vdit_sparse.app import evaluate_vbench
 from vdit_sparse.app.video import write_video
 from vdit_sparse.eval.files import marked_stem
-from vdit_sparse.eval.vbench import DIMENSIONS, QUALITY, flickering, normalised, totals, videos_of
+from vdit_sparse.eval.vbench import (
+    DIMENSIONS,
+    QUALITY,
+    flickering,
+    normalised,
+    read_frames,
+    totals,
+    videos_of,
+)
 
 ENTRIES = [
     {"prompt_en": "a cat, 'still'", "dimension": ["temporal_flickering"]},
@@ -80,7 +88,8 @@ def package(tmp_path, monkeypatch):
 
 
 def by_hand(file):
-    """VBench's formula, on OpenCV's frames in float32 as there."""
+    """VBench's formula, on OpenCV's frames in float32 as there. The frames are grey: colours differ
+    between OpenCV 4, which VBench needs, and 5."""
     video, frames = cv2.VideoCapture(str(file)), []
     while (read := video.read())[0]:
         frames.append(read[1].astype(np.float32))
@@ -93,6 +102,20 @@ def test_flickering_is_vbenchs(videos):
     expected = [by_hand(file) for file in files]
     assert flickering(files) == pytest.approx(np.mean(expected), abs=1e-6)
     assert max(expected) - min(expected) > 0.05
+
+
+def test_colours_are_those_of_opencv_4(tmp_path):
+    """Written as BT.709 and read as BT.601, as VBench does."""
+    red, green, blue = 200, 60, 40
+    frames = torch.tensor([red, green, blue], dtype=torch.uint8).view(1, 3, 1, 1)
+    write_video(tmp_path / "x.mp4", frames.expand(3, 3, 32, 32).contiguous(), 8)
+    luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    cb, cr = (blue - luma) / 1.8556, (red - luma) / 1.5748
+    seen = (luma + 1.402 * cr, luma - 0.344136 * cb - 0.714136 * cr, luma + 1.772 * cb)
+    found = read_frames(tmp_path / "x.mp4")
+    assert found.shape == (3, 3, 32, 32)
+    assert found[1, :, 16, 16].tolist() == pytest.approx(seen, abs=3)
+    assert abs(seen[0] - red) > 10
 
 
 def test_without_the_package_there_is_flickering_and_no_total(cli, videos, info):
