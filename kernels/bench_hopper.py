@@ -1,6 +1,6 @@
 """Which forms of the Hopper kernel help? A study, while `kernels/LOG.md` has open questions.
 
-    python -m vdit_sparse.kernels.bench_hopper [--only wide narrow rows eight] [--csv out.csv]
+    python -m vdit_sparse.kernels.bench_hopper [--only GROUP ...] [--check] [--csv FILE]
 
 First every form computes a small problem, in processes of its own, so that one that hangs or fails
 is a line in the table; then those that were right are timed. Under 100 s in all on one H200 and 16
@@ -241,9 +241,14 @@ def main() -> None:
     groups = ["wide", "narrow", "rows", "eight"]
     parser.add_argument("--only", nargs="+", choices=groups, default=groups)
     parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--check", action="store_true", help="which forms are right, no times")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     every = forms(options.only)
+    if options.check:
+        for form, fault in faults(every, options.workers).items():
+            print(line({**vars(form), "note": fault or "right"}), flush=True)
+        return
     torch.manual_seed(0)
     rows = []
     with torch.inference_mode():

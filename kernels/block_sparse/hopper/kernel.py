@@ -124,6 +124,8 @@ def _consume(
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if FP8 else 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 4 if FP8 else 2)
     number: gl.constexpr = descriptors[2].dtype
+    # Stale maxima need room above 1, which e4m3 at 448 has not; masked rows have no maximum.
+    STALE: gl.constexpr = LAZY and not VALID and not FP8
     q_smem, k_smem, v_smem = buffers
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, _turns = barriers
     q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr = scales
@@ -173,13 +175,12 @@ def _consume(
                     state, real = step(
                         i + j, state, real, q, row, valid_ptr, k_scale_ptr, buffers, barriers, W, D,
                         BLOCK_K, BN, STAGES, S_L, O_L, P_L, number, PINGPONG, MERGED,
-                        LAZY and not VALID, EMULATE and not VALID,
+                        STALE, EMULATE and not VALID,
                     )  # fmt: skip
         for i in range(first, 1 if SKIP else steps):
             state, real = step(
                 i, state, real, q, row, valid_ptr, k_scale_ptr, buffers, barriers, W, D, BLOCK_K,
-                BN, STAGES, S_L, O_L, P_L, number, PINGPONG, MERGED, LAZY and not VALID,
-                EMULATE and not VALID,
+                BN, STAGES, S_L, O_L, P_L, number, PINGPONG, MERGED, STALE, EMULATE and not VALID,
             )  # fmt: skip
         acc, p, peak, total, alpha, slot, phase, turn = state
         if PERSISTENT and not SKIP:

@@ -111,9 +111,14 @@ def attend(
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A descriptor of x `[B, H, ., .]` for tiles of `rows` x `columns`; it reads zeros past the end
     of a head and writes nothing there."""
-    shape = [1, 1, rows, columns]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, NUMBERS[x.dtype])
-    return TensorDescriptor(x, list(x.shape), [*head_strides(x), 1], shape, layout)
+    strides = [*head_strides(x), 1]
+    layout = _layout(rows, columns, x.dtype)
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns], layout)
+
+
+@cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], NUMBERS[dtype])
 
 
 def longest_first(mask: BlockMask, heads: tuple[int, int], variant: Variant) -> Tensor:
