@@ -40,7 +40,7 @@ def build_page(desk: Desk) -> gr.Blocks:
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 24 * 3600)
     ) as page:
-        gr.HTML("<studio-header></studio-header>", elem_id="header")
+        _element("<studio-header></studio-header>", elem_id="header")
         with gr.Row(elem_id="studio"):
             with gr.Column(elem_id="what", scale=2, min_width=300):
                 inputs = _what(desk, page)
@@ -48,15 +48,20 @@ def build_page(desk: Desk) -> gr.Blocks:
                 for kind, title in (("generate", "Generate"), ("compare", "Compare")):
                     with gr.Tab(title, id=kind):
                         _runs_tab(desk, kind, title, inputs)
-        gr.HTML("<studio-gallery></studio-gallery>", elem_id="gallery")
+        _element("<studio-gallery></studio-gallery>", elem_id="gallery")
     return page
+
+
+def _element(html: str, **options) -> gr.HTML:
+    """A part of ours, without Gradio's styles for prose."""
+    return gr.HTML(html, apply_default_css=False, **options)
 
 
 def _what(desk: Desk, page: gr.Blocks) -> list[Component]:
     """The inputs that all runs share, in the order of `ENTRIES`."""
     limits = desk.studio.limits
     prompt = gr.Textbox(label="Prompt", lines=3, max_lines=8, elem_id="prompt")
-    gr.HTML("<studio-examples></studio-examples>")
+    _element("<studio-examples></studio-examples>")
     model = gr.Dropdown(
         [BUNDLED_NAME], value=BUNDLED_NAME, label="Model", elem_id="model", allow_custom_value=True
     )
@@ -137,10 +142,10 @@ def sizes_of(defaults: dict, unit: tuple[int, int, int]) -> list[str]:
 
 def _runs_tab(desk: Desk, kind: str, title: str, inputs: list[Component]) -> None:
     most = desk.studio.limits.compared if kind == "compare" else 1
-    gr.HTML(f'<studio-methods kind="{kind}" most="{most}"></studio-methods>')
+    _element(f'<studio-methods kind="{kind}" most="{most}"></studio-methods>')
     start = gr.Button(title, variant="primary", elem_id=f"start-{kind}", elem_classes="start")
     runs, answer = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
-    gr.HTML(f'<studio-stage kind="{kind}"></studio-stage>')
+    _element(f'<studio-stage kind="{kind}"></studio-stage>')
 
     def submit(*values, request: gr.Request) -> str:
         form = form_of(values)

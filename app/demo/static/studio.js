@@ -139,7 +139,8 @@ document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) studio.visible("studio-stage")?.cancel();
   const from = event.target;
-  if (from.closest?.("input, textarea, select, button, summary, [role=tab], [role=slider], [contenteditable]")) return;
+  if (from.closest?.("input, textarea, select, [role=slider], [contenteditable]")) return;
+  if (event.key === " " && from.closest?.("button, summary, a")) return;
   if (event.key === "?") shortcuts();
   else if (event.key === "d") studio.theme(!document.body.classList.contains("dark"));
   else if (studio.visible("studio-player")?.key(event.key)) event.preventDefault();
