@@ -12,12 +12,11 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor
 
-from vdit_sparse.grid import Grid
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
-from vdit_sparse.pipelines.families import Arguments, Family
-from vdit_sparse.pipelines.images import grid_of_ids, refuses_images
+from vdit_sparse.pipelines.families import Family
+from vdit_sparse.pipelines.flux_attention import flux_grid, flux_joint, flux_layers, flux_lead
+from vdit_sparse.pipelines.images import refuses_images
 from vdit_sparse.pipelines.processor import SparseAttnProcessor
-from vdit_sparse.pipelines.projections import Triple, joined
 
 Rotary = tuple[Tensor, Tensor] | None
 
@@ -33,7 +32,8 @@ class Flux2SparseAttnProcessor(SparseAttnProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        query, key, value = _joint(attn, hidden_states, encoder_hidden_states)
+        parts = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        query, key, value = flux_joint(attn, parts)
         query, key = _rotate(query, key, image_rotary_emb)
         out = self.attend(query, key, value, attention_mask).flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
@@ -65,40 +65,10 @@ class Flux2ParallelSparseAttnProcessor(SparseAttnProcessor):
         return attn.to_out(torch.cat([out, attn.mlp_act_fn(mlp)], dim=-1))
 
 
-def _joint(attn: Flux2Attention, image: Tensor, text: Tensor | None) -> Triple:
-    """Queries, keys (after norm) and values of text and image, `[B, S, H, D]`."""
-    parts = _get_qkv_projections(attn, image, text)
-    # Tensor parallelism leaves fewer heads than attn.heads.
-    query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in parts[:3])
-    query, key = attn.norm_q(query), attn.norm_k(key)
-    if attn.added_kv_proj_dim is None:
-        return query, key, value
-    text_query, text_key, text_value = (x.unflatten(-1, (-1, attn.head_dim)) for x in parts[3:])
-    added = attn.norm_added_q(text_query), attn.norm_added_k(text_key), text_value
-    return joined(added, (query, key, value))
-
-
 def _rotate(query: Tensor, key: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
     if rotary is None:
         return query, key
     return tuple(apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
-
-
-def _grid(transformer: torch.nn.Module, arguments: Arguments) -> Grid:
-    """The target's rows and columns; reference images after it count as text."""
-    return grid_of_ids(arguments["img_ids"], _lead(transformer, arguments))
-
-
-def _lead(transformer: torch.nn.Module, arguments: Arguments) -> int:
-    return arguments["encoder_hidden_states"].shape[1]
-
-
-def _layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    return {
-        f"{stack}.{i}.attn": block.attn
-        for stack in ("transformer_blocks", "single_transformer_blocks")
-        for i, block in enumerate(getattr(transformer, stack))
-    }
 
 
 FAMILY = Family(
@@ -106,9 +76,9 @@ FAMILY = Family(
         Flux2AttnProcessor: Flux2SparseAttnProcessor,
         Flux2ParallelSelfAttnProcessor: Flux2ParallelSparseAttnProcessor,
     },
-    _layers,
-    _grid,
-    lead=_lead,
+    flux_layers,
+    flux_grid,
+    lead=flux_lead,
     refuses=refuses_images,
 )
 

@@ -137,10 +137,12 @@ class Run(ModelHook):
         if why:
             out, look = processor.dense(query, key, value, mask), None
         else:
-            qkv = tuple(sequence.move(x).transpose(1, 2) for x in (query, key, value))
+            parts = processor.sparse(query, key, value, mask)
+            qkv = tuple(sequence.move(x).transpose(1, 2) for x in parts)
             self._check_sparse(processor, *qkv)
             moved = self.method(*qkv, call)
             out, look = sequence.back(moved.transpose(1, 2)), (qkv, moved)
+            out = out[..., : value.shape[-1]]
         mark = self.watch.stop(started) if self.watch else None
         error = self._look(look, call) if look and self.check else None
         self._note(call, why, mark, error)

@@ -54,6 +54,13 @@ class SparseAttnProcessor:
             parallel_config=self._parallel_config,
         )
 
+    def sparse(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """query, key, value `[B, S, H, D]` as a method gets them. A mask that adds to the scores
+        may be told by more channels, which are cut off the output again."""
+        return query, key, value
+
     def keys(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
         """Which keys the stock mask leaves visible, bool `[B, S]` in the model's order, or None if
         all. Raises ValueError for a mask that says more than that."""
