@@ -59,7 +59,7 @@ def made(tmp_path_factory):
     stems = ["a cat, 'still'", "A fantasy", marked_stem("a fantasy")]
     for number, stem in enumerate(stems):
         for index in range(5):
-            frames = torch.full((4, 3, 32, 48), 20 * number, dtype=torch.uint8)
+            frames = torch.full((3, 3, 16, 32), 20 * number, dtype=torch.uint8)
             frames[::2] += 10 * (index + 1)
             write_video(folder / f"{stem}-{index}.mp4", frames, 8)
     return folder
