@@ -70,6 +70,7 @@ def builds(quick: bool) -> list[Build]:
     found += [Build(ends="valid", skips=True), Build(blocks=(64, 64), ends="kv_len", skips=True)]
     found += [Build(dtype="fp16"), Build(D=64, changes=(("emulate", True),))]
     found += [Build(changes=((name, True),)) for name in STUDIED]
+    found += [Build(precision="int8_fp8", changes=(("late", True), ("keys", 64), ("stages", 4)))]
     return found + [Build(changes=(("merged", True), ("keys", 64), ("stages", 4)))]
 
 

@@ -142,6 +142,21 @@ def test_8_bits_are_the_reference(precision, name, D, device):
     assert errors[0] <= {"int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}[precision]
 
 
+@pytest.mark.parametrize("change", ["late", "persistent", "pingpong", "emulate"])
+def test_forms_of_8_bits(change, device):
+    from vdit_sparse.kernels.block_sparse.hopper.launch import launch
+
+    q, k, v, mask = many_tiles(device, 128, 128)
+    hopper_or_skip(q, k, v, mask, "int8_fp8")
+    variant = variant_for(128, (128, 128), "int8_fp8")
+    plain, form = (
+        launch(q, k, v, mask, 128**-0.5, None, "int8_fp8", each)
+        for each in (variant, replace(variant, **{change: True}))
+    )
+    for ours, theirs in zip(form, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_permuted_values_lie_as_a_thread_has_its_scores(backend, device, float8):
     v = torch.randn(1, 2, 90, 32, device=device)

@@ -113,7 +113,7 @@ def _consume(
     W: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
     PINGPONG: gl.constexpr, MERGED: gl.constexpr, LAZY: gl.constexpr, EMULATE: gl.constexpr,
-    UNROLL: gl.constexpr,
+    LATE: gl.constexpr, UNROLL: gl.constexpr,
 ):  # fmt: skip
     """Attention of the 64 queries `W * 64 ...` of each tile."""
     VALID: gl.constexpr = valid_ptr is not None
@@ -161,7 +161,7 @@ def _consume(
                 mbarrier.wait(v_ready.index(slot), phase)
                 zero_from(v_smem.index(slot).reshape([BN, D]), real, BN, D)
         peak = peak_of(scores, factor, FP8)
-        p, total = weights_of(scores, factor, finite(peak, True), P_L, number, False)
+        p, total = weights_of(scores, factor, finite(peak, True), P_L, number, False, LATE)
         acc = gl.zeros([ROWS, D], gl.float32, O_L)
         alpha = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, O_L))
         rows = m0 + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_L))
@@ -175,12 +175,13 @@ def _consume(
                     state, real = step(
                         i + j, state, real, q, row, valid_ptr, k_scale_ptr, buffers, barriers, W, D,
                         BLOCK_K, BN, STAGES, S_L, O_L, P_L, number, PINGPONG, MERGED,
-                        STALE, EMULATE and not VALID,
+                        STALE, EMULATE and not VALID, LATE,
                     )  # fmt: skip
         for i in range(first, 1 if SKIP else steps):
             state, real = step(
                 i, state, real, q, row, valid_ptr, k_scale_ptr, buffers, barriers, W, D, BLOCK_K,
-                BN, STAGES, S_L, O_L, P_L, number, PINGPONG, MERGED, STALE, EMULATE and not VALID,
+                BN, STAGES, S_L, O_L, P_L, number, PINGPONG, MERGED, STALE,
+                EMULATE and not VALID, LATE,
             )  # fmt: skip
         acc, p, peak, total, alpha, slot, phase, turn = state
         if PERSISTENT and not SKIP:
@@ -237,7 +238,7 @@ def hopper_forward(
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
     PINGPONG: gl.constexpr, MERGED: gl.constexpr, LAZY: gl.constexpr, EMULATE: gl.constexpr,
-    UNROLL: gl.constexpr,
+    LATE: gl.constexpr, UNROLL: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `block_sparse_attention`. Descriptors are 4-D. q_scale_ptr, k_scale_ptr, shift_ptr: of
@@ -291,13 +292,13 @@ def hopper_forward(
                     descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
                     BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, MERGED, LAZY, EMULATE,
-                    UNROLL,
+                    LATE, UNROLL,
                 )),
                 (_consume, (
                     descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 1, D, BLOCK_Q,
                     BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, MERGED, LAZY, EMULATE,
-                    UNROLL,
+                    LATE, UNROLL,
                 )),
                 (_produce, (
                     descriptors, buffers, barriers, lists, strides, sizes, tiles, D, BLOCK_Q,
@@ -314,7 +315,7 @@ def hopper_forward(
                     descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
                     BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, False, MERGED, LAZY, EMULATE,
-                    UNROLL,
+                    LATE, UNROLL,
                 )),
                 (_produce, (
                     descriptors, buffers, barriers, lists, strides, sizes, tiles, D, BLOCK_Q,

@@ -171,8 +171,9 @@ def peak_of(scores, factor, FP8: gl.constexpr):
 
 @gluon.jit
 def weights_of(scores, factor, shift, P: gl.constexpr, number: gl.constexpr,
-               EMULATE: gl.constexpr):  # fmt: skip
-    """exp2(factor * scores - shift) as an operand of the next product, and the sums of rows.
+               EMULATE: gl.constexpr, LATE: gl.constexpr):  # fmt: skip
+    """exp2(factor * scores - shift) as an operand of the next product, and the sums of rows; LATE:
+    still in fp32 if that is to be e4m3.
 
     A thread has columns 2t, 2t + 1 of each 8, but of an 8-bit operand four neighbours of each 16:
     with the keys of each 16 in another order, which the values have too, they are the same.
@@ -183,4 +184,8 @@ def weights_of(scores, factor, shift, P: gl.constexpr, number: gl.constexpr,
         KEYS: gl.constexpr = p.shape[1]
         groups = p.reshape([p.shape[0], KEYS // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4))
         p = groups.reshape([p.shape[0], KEYS])
-    return gl.convert_layout(p, P).to(number), total
+    if number == gl.float8e4nv and LATE:
+        p = gl.convert_layout(p, P)
+    else:
+        p = gl.convert_layout(p.to(number), P)
+    return p, total

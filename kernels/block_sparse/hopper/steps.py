@@ -42,7 +42,7 @@ def start_values(p, acc, v_smem, slot, D: gl.constexpr, BN: gl.constexpr,
         v = v_smem.index(slot).reshape([D, BN]).permute((1, 0))
         # Hopper's own fp8 accumulator keeps about 14 bits: each tile starts a new one.
         zero = gl.zeros([ROWS, D], gl.float32, O_L)
-        started = warpgroup_mma(p, v, zero, use_acc=False, is_async=True)
+        started = warpgroup_mma(p.to(v.dtype), v, zero, use_acc=False, is_async=True)
     else:
         v = v_smem.index(slot).reshape([BN, D])
         started = warpgroup_mma(p, v, acc, is_async=True)
@@ -56,6 +56,7 @@ def step(
     STAGES: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr, P_L: gl.constexpr,
     number: gl.constexpr,
     PINGPONG: gl.constexpr, MERGED: gl.constexpr, LAZY: gl.constexpr, EMULATE: gl.constexpr,
+    LATE: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of step `i`, values of the one before, of whose keys `real_last` are real;
     the new state, and how many keys of this step are real."""
@@ -100,7 +101,7 @@ def step(
         moved = gl.max(peak_new - peak, 0) > GROWTH
         peak_new = gl.where(moved, peak_new, peak)
     shift = finite(peak_new, VALID)
-    p, sums = weights_of(scores, factor, shift, P_L, number, EMULATE)
+    p, sums = weights_of(scores, factor, shift, P_L, number, EMULATE, LATE)
     alpha_new = gl.exp2(peak - shift)
     total = total * alpha_new + sums
     alpha_new = gl.convert_layout(alpha_new, gl.SliceLayout(1, O_L))
@@ -149,7 +150,7 @@ def step_or_skip(
     else:
         peak_new = gl.maximum(peak, top)
         shift = finite(peak_new, VALID)
-        p, sums = weights_of(scores, factor, shift, P_L, number, False)
+        p, sums = weights_of(scores, factor, shift, P_L, number, False, False)
         alpha = gl.exp2(peak - shift)
         total = total * alpha + sums
         peak = peak_new
