@@ -133,12 +133,8 @@ class Evaluation:
         try:
             frames = self._one(sample, trial, reference)
         except Exception as error:
+            self._stop_at_a_full_disk(error)
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            if isinstance(error, OSError) and error.errno in _DISK:
-                raise Stopped(
-                    f"Cannot write to {self.store.folder} ({error.strerror}): make room, and start "
-                    "again; finished samples are kept."
-                ) from error
             self._fail(sample, trial, said)
             if self._failed_in_a_row >= MOST_FAILURES:
                 raise Stopped(
@@ -210,8 +206,20 @@ class Evaluation:
         self._failed_in_a_row += 1
         about = {"method": trial.label, "prompt": sample.prompt.text, "seed": sample.seed}
         key = self.key(sample, trial)
-        self.store.fail({"key": key, **about, "error": error, **self._written()})
+        try:
+            self.store.fail({"key": key, **about, "error": error, **self._written()})
+        except OSError as full:
+            # What went wrong before may have been the same, as ffmpeg says it.
+            self._stop_at_a_full_disk(full)
+            raise
         self.tell(sample, trial, error)
+
+    def _stop_at_a_full_disk(self, error: Exception) -> None:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise Stopped(
+                f"Cannot write to {self.store.folder} ({error.strerror}): make room, and start "
+                "again; finished samples are kept."
+            ) from error
 
     def _written(self) -> dict:
         now = datetime.now(UTC).isoformat(timespec="seconds")

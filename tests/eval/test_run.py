@@ -212,6 +212,20 @@ def test_a_full_disk_stops_and_loses_nothing(tmp_path, whole):
     assert timeless(tmp_path) == timeless(whole)
 
 
+def test_a_full_disk_that_ffmpeg_hides_is_seen_too(tmp_path, monkeypatch):
+    def broken(path, frames):
+        raise OSError("ffmpeg wrote 1 of 2 frames")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(Stopped, match="No space left on device"):
+            run(tmp_path, write=broken)
+    assert read_rows(tmp_path) == [] == read_rows(tmp_path, "failures")
+
+
 def test_a_row_that_could_not_be_written_is_not_there(tmp_path, monkeypatch):
     store = Store(tmp_path)
     store.append({"key": "a"})
