@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vdit_sparse.app.checks import check_before_loading
-from vdit_sparse.app.demo import ask, forms, models
+from vdit_sparse.app.demo import ask, bench, forms, models
 from vdit_sparse.app.demo.limits import Studio
 from vdit_sparse.app.demo.runs import Pipelines, VideoWork
 from vdit_sparse.app.demo.store import Store, new_name
@@ -22,7 +22,7 @@ EXAMPLES = (
     "a yellow fish swims to the left in the sea",
 )
 # Of a card, what the gallery shows.
-BRIEF = ("name", "at", "kind", "prompt", "model", "picture")
+BRIEF = ("name", "at", "kind", "prompt", "labels", "picture")
 
 
 class Desk:
@@ -31,7 +31,7 @@ class Desk:
     def __init__(self, studio: Studio):
         self.studio = studio
         self.store = Store(studio.state, studio.limits.kept)
-        self.worker = Worker(studio.limits)
+        self.worker = Worker(studio.limits, self._ended)
         self.pipelines = Pipelines()
 
     def forms(self) -> dict:
@@ -41,6 +41,7 @@ class Desk:
             "presets": forms.presets(),
             "models": models.offered(self.studio),
             "examples": EXAMPLES,
+            "bench": bench.choices(self.studio),
             "compared": self.studio.limits.compared,
         }
 
@@ -61,17 +62,30 @@ class Desk:
     def submit(self, owner: str, kind: str, form: dict) -> Job:
         """Queues a run of a form. Raises InputError for a wrong one, or where the queue is full."""
         name = new_name()
-        out = self.store.folder(owner, name)
-        request = ask.read(form, self.studio, out, self.store.uploads(owner))
         try:
-            check_before_loading(request)
-            model = form.get("model") or models.BUNDLED_NAME
-            named = None if model == models.BUNDLED_NAME else model
-            work = VideoWork(self.pipelines, self.store, request, named)
-            return self.worker.submit(Job(owner, name, kind, request.prompt, work))
+            if kind == "bench":
+                what, request = bench.parse(form, self.studio)
+                title = f"{what} of {form['of']}"
+                work = bench.BenchWork(self.store, what, form["of"], request)
+            else:
+                title, work = self._video(owner, name, form)
+            return self.worker.submit(Job(owner, name, kind, title, work))
         except InputError:
             self.store.remove(owner, name)
             raise
+
+    def _video(self, owner: str, name: str, form: dict) -> tuple[str, VideoWork]:
+        out = self.store.folder(owner, name)
+        request = ask.read(form, self.studio, out, self.store.uploads(owner))
+        check_before_loading(request)
+        model = form.get("model") or models.BUNDLED_NAME
+        named = None if model == models.BUNDLED_NAME else model
+        return request.prompt, VideoWork(self.pipelines, self.store, request, named)
+
+    def _ended(self, job: Job) -> None:
+        """What a job left behind that was cancelled or failed is of no use."""
+        if job.state != FINISHED:
+            self.store.remove(job.owner, job.name)
 
     def status(self, owner: str, name: str) -> dict | None:
         """A user's job as the page shows it, or None if they have none of that name."""
@@ -97,14 +111,7 @@ class Desk:
 
     def gallery(self, owner: str) -> list[dict]:
         """The finished runs of a user in short, newest first."""
-        return [
-            {
-                **{name: card.get(name) for name in BRIEF},
-                "runs": [run["name"] for run in card["runs"]],
-            }
-            for card in self.store.cards(owner)
-            if card.get("runs")
-        ]
+        return [{name: card.get(name) for name in BRIEF} for card in self.store.cards(owner)]
 
     def upload_calibration(self, owner: str, file: Path) -> tuple[str, str]:
         """Keeps a calibration file of a user: the name that stands for it, and what it is for, in

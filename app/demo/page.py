@@ -31,6 +31,7 @@ ENTRIES = (
 # The last input is what the page's own elements say.
 RUNS = "(...given) => { given[given.length - 1] = studio.runs('%s'); return given; }"
 ANSWERED = "(answer) => studio.answer('%s', answer)"
+METHODS = '<studio-methods kind="{}" most="{}"></studio-methods>'
 NO_COOKIE = "This browser sends no cookies. Allow them here: they say which runs are yours."
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -45,9 +46,14 @@ def build_page(desk: Desk) -> gr.Blocks:
             with gr.Column(elem_id="what", scale=2, min_width=300):
                 inputs = _what(desk, page)
             with gr.Column(elem_id="how", scale=5, min_width=300), gr.Tabs(elem_id="tabs"):
-                for kind, title in (("generate", "Generate"), ("compare", "Compare")):
-                    with gr.Tab(title, id=kind):
-                        _runs_tab(desk, kind, title, inputs)
+                most = desk.studio.limits.compared
+                with gr.Tab("Generate", id="generate"):
+                    _tab(desk, "generate", "Generate", inputs, METHODS.format("generate", 1))
+                with gr.Tab("Compare", id="compare"):
+                    _tab(desk, "compare", "Compare", inputs, METHODS.format("compare", most))
+                with gr.Tab("Bench", id="bench"):
+                    own = '<studio-bench-form kind="bench"></studio-bench-form>'
+                    _tab(desk, "bench", "Measure", [], own)
         _element("<studio-gallery></studio-gallery>", elem_id="gallery")
     return page
 
@@ -140,33 +146,24 @@ def sizes_of(defaults: dict, unit: tuple[int, int, int]) -> list[str]:
     return list(dict.fromkeys(f"{h}x{w}" for h, w in sizes))
 
 
-def _runs_tab(desk: Desk, kind: str, title: str, inputs: list[Component]) -> None:
-    most = desk.studio.limits.compared if kind == "compare" else 1
-    _element(f'<studio-methods kind="{kind}" most="{most}"></studio-methods>')
+def _tab(desk: Desk, kind: str, title: str, inputs: list[Component], own: str) -> None:
+    """A tab: `own` is the element that says what to run, beside the inputs that all share."""
+    _element(own)
     start = gr.Button(title, variant="primary", elem_id=f"start-{kind}", elem_classes="start")
     runs, answer = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
     _element(f'<studio-stage kind="{kind}"></studio-stage>')
 
-    def submit(*values, request: gr.Request) -> str:
-        form = form_of(values)
+    def submit(request: gr.Request, *values) -> str:
+        form = form_of(values) if inputs else json.loads(values[0])
         try:
             job = desk.submit(owner_of_page(request), kind, form)
         except InputError as error:
             return json.dumps({"error": in_words(error)})
         return json.dumps({"name": job.name})
 
-    start.click(
-        _with_request(submit), [*inputs, runs], [answer], js=RUNS % kind, queue=False, **QUIET
-    ).then(None, [answer], None, js=ANSWERED % kind)
-
-
-def _with_request(submit: Callable) -> Callable:
-    """Gradio gives the request to an argument with its type, not behind `*values`."""
-
-    def called(request: gr.Request, *values):
-        return submit(*values, request=request)
-
-    return called
+    start.click(submit, [*inputs, runs], [answer], js=RUNS % kind, queue=False, **QUIET).then(
+        None, [answer], None, js=ANSWERED % kind
+    )
 
 
 def form_of(values: tuple) -> dict:

@@ -87,6 +87,7 @@ class VideoWork:
         card = {
             "kind": job.kind,
             "prompt": self.request.prompt,
+            "labels": names,
             "model": self.model or "bundled",
             "settings": settings,
             "picture": PICTURE,

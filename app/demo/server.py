@@ -16,7 +16,15 @@ from vdit_sparse.app.options import InputError
 
 TITLE = "vdit-sparse studio"
 # In this order: the first defines what the others use.
-SCRIPTS = ("studio.js", "methods.js", "stage.js", "player.js", "results.js", "gallery.js")
+SCRIPTS = (
+    "studio.js",
+    "methods.js",
+    "stage.js",
+    "player.js",
+    "results.js",
+    "gallery.js",
+    "bench.js",
+)
 SHEETS = ("studio.css", "elements.css")
 
 

@@ -85,10 +85,11 @@ class Job:
 
 
 class Worker:
-    """The queue and its thread. A job that nobody asks for is dropped when its turn comes."""
+    """The queue and its thread. A job that nobody asks for is dropped when its turn comes; `ended`
+    is told of each that is at its end."""
 
-    def __init__(self, limits: Limits):
-        self.limits = limits
+    def __init__(self, limits: Limits, ended: Callable[[Job], None]):
+        self.limits, self.ended = limits, ended
         self.jobs: dict[str, Job] = {}
         self._queue: deque[Job] = deque()
         self._change = threading.Condition()
@@ -140,6 +141,7 @@ class Worker:
             if job in self._queue:
                 self._queue.remove(job)
                 job.state, job.doing = CANCELLED, "cancelled"
+                self.ended(job)
 
     def _forget(self) -> None:
         ended = [job for job in self.jobs.values() if job.state not in (WAITING, RUNNING)]
@@ -154,6 +156,7 @@ class Worker:
                 job = self._queue.popleft()
                 job.state, job.began = RUNNING, time.monotonic()
             self._do(job)
+            self.ended(job)
             job.work, job.preview = _nothing, None
             free_memory()
 

@@ -42,8 +42,8 @@ class StudioGallery extends HTMLElement {
     };
     return h("div", { class: "st-tile" },
       h("button", { class: "st-open", onclick: open, title: run.prompt },
-        run.picture ? h("img", { src: studio.file(run.name, run.picture), alt: "", loading: "lazy" }) : null,
-        h("span", { class: "st-tile-title" }, run.prompt), h("span", { class: "st-faint" }, `${run.runs.join(", ")} · ${when}`)),
+        run.picture ? h("img", { src: studio.file(run.name, run.picture), alt: "", loading: "lazy" }) : h("span", { class: "st-no-picture", "aria-hidden": "true" }, TITLES[run.kind]),
+        h("span", { class: "st-tile-title" }, run.prompt), h("span", { class: "st-faint" }, `${run.labels.join(", ")} · ${when}`)),
       h("button", { class: "st-icon st-remove", "aria-label": "Delete this run", title: "Delete", onclick: remove }, "×"));
   }
 }

@@ -81,7 +81,7 @@ const studio = (() => {
     tell: (name, detail) => bus.dispatchEvent(new CustomEvent(name, { detail })),
     // Called by Gradio's events in page.py.
     model: (name) => studio.tell("model", name),
-    runs: (kind) => JSON.stringify(document.querySelector(`studio-methods[kind="${kind}"]`)?.runs() ?? []),
+    runs: (kind) => JSON.stringify(document.querySelector(`:is(studio-methods, studio-bench-form)[kind="${kind}"]`)?.runs() ?? []),
     answer: (kind, text) => document.querySelector(`studio-stage[kind="${kind}"]`)?.answer(JSON.parse(text)),
   };
 })();

@@ -1,0 +1,86 @@
+// <studio-bench-form>: what to measure; <studio-bench>: the rows as bars, and what each backend says.
+"use strict";
+
+class StudioBenchForm extends HTMLElement {
+  async connectedCallback() {
+    const { h } = studio;
+    this.bench = (await studio.known()).bench;
+    const select = (label, values, titles = values) => h("select", { "aria-label": label }, values.map((value, i) => h("option", { value: String(value) }, String(titles[i]))));
+    this.what = select("What", ["kernels", "model"], ["attention kernels", "a whole forward"]);
+    this.what.addEventListener("change", () => this.fill());
+    this.of = select("Of", []);
+    this.density = select("Density", this.bench.density);
+    this.density.value = "0.25";
+    const boxes = this.bench.methods.map((name) => h("label", { class: "st-check" }, h("input", { type: "checkbox", value: name, checked: name === "radial" }), name));
+    this.methods = h("div", { class: "st-checks", role: "group", "aria-label": "Methods" }, boxes);
+    this.replaceChildren(h("div", { class: "st-card" },
+      h("p", { class: "st-about" }, "Each kernel is compared with exact attention before it is timed. Random weights and inputs: time depends on sizes alone."),
+      h("div", { class: "st-controls" }, h("label", {}, "measure", this.what), h("label", {}, "of", this.of), h("label", {}, "density", this.density)),
+      h("p", { class: "st-about" }, "With the masks of"), this.methods));
+    this.fill();
+  }
+
+  fill() {
+    this.of.replaceChildren(...this.bench[this.what.value].map((name) => studio.h("option", { value: name }, name)));
+  }
+
+  runs() {
+    const methods = [...this.methods.querySelectorAll("input:checked")].map((box) => box.value);
+    return { what: this.what.value, of: this.of.value, density: Number(this.density.value), methods };
+  }
+}
+
+class StudioBench extends HTMLElement {
+  connectedCallback() {
+    const { h } = studio;
+    const { card } = this;
+    const facts = Object.entries(card.facts).map(([name, value]) => `${name} ${value}`).join(" · ");
+    this.replaceChildren(h("div", { class: "st-card" }, h("h3", {}, card.prompt), h("p", { class: "st-faint" }, facts),
+      card.what === "kernels" ? this.kernels(card.rows) : this.model(card.rows),
+      h("div", { class: "st-downloads" }, card.files.map((name) => h("a", { class: "st-chip", href: studio.file(card.name, name), download: name }, "rows (JSON)"))),
+      this.machine(card.checks)));
+  }
+
+  // Milliseconds for each mask, the fastest dense kernel as the line to beat.
+  kernels(rows) {
+    const { h } = studio;
+    const groups = Map.groupBy(rows, (row) => (row.pattern === "dense" ? "dense" : `${row.pattern}, density ${row.density}`));
+    return [...groups].map(([title, group]) => {
+      const most = Math.max(...group.map((row) => row.ms ?? 0));
+      return h("section", { class: "st-chart" }, h("h4", {}, title), group.toSorted((a, b) => (a.ms ?? 1e9) - (b.ms ?? 1e9)).map((row) =>
+        this.bar(row.kernel, row.ms === null ? null : [[row.ms / most, row.kernel.startsWith("sdpa") || row.pattern === "dense" ? "st-dense" : "st-sparse"]],
+          row.ms === null ? row.note : `${studio.number(row.ms, 2)} ms · ${studio.number(row.tflops, row.tflops < 10 ? 2 : 0)} TFLOP/s · error ${row.error?.toExponential(1) ?? "–"}`)));
+    });
+  }
+
+  model(rows) {
+    const { h } = studio;
+    const most = Math.max(...rows.map((row) => row.ms ?? 0));
+    return [h("p", { class: "st-legend" }, h("i", { class: "st-attention" }), "attention ", h("i", { class: "st-plan" }), "of that, planning ", h("i", { class: "st-rest" }), "all else"),
+      h("section", { class: "st-chart" }, rows.map((row) => this.bar(row.name, row.ms === null ? null : this.parts(row, most),
+        row.ms === null ? row.error : `${studio.number(row.ms, 0)} ms · ${studio.number(row.speedup, 2)}x of at most ${studio.number(row.bound, 2)}x`)))];
+  }
+
+  parts(row, most) {
+    const attention = Math.min(row.attention ?? 0, row.ms), plan = Math.min(row.plan ?? 0, attention);
+    return [[(attention - plan) / most, "st-attention"], [plan / most, "st-plan"], [(row.ms - attention) / most, "st-rest"]];
+  }
+
+  bar(name, parts, text) {
+    const { h } = studio;
+    return h("div", { class: "st-row" }, h("span", { class: "st-row-name" }, name),
+      h("span", { class: "st-row-bar" }, (parts ?? []).map(([share, kind]) => h("i", { class: kind, style: `width:${100 * share}%` }))),
+      h("span", { class: parts ? "st-row-text" : "st-row-text st-faint" }, parts ? text : `does not run: ${text}`));
+  }
+
+  machine(checks) {
+    const { h } = studio;
+    const marks = { true: "yes", false: "no", null: "" };
+    return h("details", { class: "st-code", open: true }, h("summary", {}, "This machine, and what each backend says"), h("div", { class: "st-scroll" },
+      h("table", { class: "st-table st-left" }, h("tbody", {}, checks.filter((check) => check.section !== "versions").map((check) =>
+        h("tr", {}, h("th", {}, check.name), h("td", { class: check.ok === false ? "st-error" : "" }, marks[check.ok]), h("td", {}, check.detail)))))));
+  }
+}
+
+customElements.define("studio-bench-form", StudioBenchForm);
+customElements.define("studio-bench", StudioBench);
