@@ -27,6 +27,23 @@ class Origin:
     calibrations: str = ""
 
 
+class Heads:
+    """The heads of a layer that a call has: here all of them. Where they are spread over GPUs,
+    `pipelines/ulysses.py` gives one that knows which."""
+
+    def total(self, own: int) -> int:
+        """How many heads the layer has, of which the call has `own`."""
+        return own
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """The call's part of x, which has an entry for every head of the layer along `dim`."""
+        return x
+
+    def all(self, x: Tensor, dim: int) -> Tensor:
+        """x, which has an entry for every head of the call along `dim`, with those of all heads."""
+        return x
+
+
 class Watch(Protocol):
     """Times device work without waiting for it."""
 
@@ -72,6 +89,7 @@ class Call:
     note: what the method writes down about this call.
     kv_len: int32 `[B]`, tokens of each batch row; those from there on, at the end of the text, are
         padding that nothing attends to. None where all are real.
+    heads: which of the layer's heads q, k, v hold.
     """
 
     grid: Grid
@@ -83,6 +101,7 @@ class Call:
     origin: Origin = Origin()
     note: Note = field(default_factory=Note)
     kv_len: Tensor | None = None
+    heads: Heads = Heads()
 
     def step_at(self, when: int | float) -> int:
         """A step given as itself (int) or as a fraction of all steps (float in [0, 1), rounded

@@ -104,33 +104,34 @@ class AdaSpaAttention(SparseAttention):
         if self.per == "head":  # each row's heaviest block first, so that no row starves
             score = mass.scatter(-1, mass.argmax(-1, keepdim=True), torch.inf)
         top = partial(top_blocks, score, block=self.block, per=self.per)
-        count = self._counts(mass, top) if self.head_adaptive else self._count(1, mass)
+        count = self._counts(mass, top, call) if self.head_adaptive else self._count(1, mass)
         always = _sinks(call.grid, self.block, self.first_frame_sink, q.device)
         mask = top(count=count, always=always)
-        return Plan(self._add_random(mask, call.layer) if self.random_share else mask)
+        return Plan(self._add_random(mask, call) if self.random_share else mask)
 
     def _count(self, level: float, mass: Tensor) -> int:
         """Blocks of a row, or of a head's map, at `level` times the density."""
         row = max(round(level * self.density * mass.shape[3]), 1)
         return row if self.per == "row" else row * mass.shape[2]
 
-    def _counts(self, mass: Tensor, top: partial) -> Tensor:
+    def _counts(self, mass: Tensor, top: partial, call: Call) -> Tensor:
         """Blocks of a row or map of each head, int64 `[B, H]`."""
         few, mean, many = (self._count(level, mass) for level in (0.5, 1, 1.5))
         levels = (few, many) if self.recall_eval == "up" else (mean, mean)
         kept = [mass.masked_fill(~top(count=x).keep(), 0).sum((-2, -1)) for x in levels]
-        high, low = torch.stack(kept) / mass.sum((-2, -1))
+        high, low = call.heads.all(torch.stack(kept) / mass.sum((-2, -1)), 2)
         n = (high >= self.recall_threshold).sum(-1, keepdim=True).clamp(max=high.shape[1] // 2)
         # argsort twice: how many heads come before each.
         sparser = (-high).argsort(dim=-1, stable=True).argsort(-1) < n
         denser = low.masked_fill(sparser, torch.inf).argsort(dim=-1, stable=True).argsort(-1) < n
-        return torch.where(sparser, few, torch.where(denser, many, mean))
+        return call.heads.own(torch.where(sparser, few, torch.where(denser, many, mean)), 1)
 
-    def _add_random(self, mask: BlockMask, layer: int) -> BlockMask:
+    def _add_random(self, mask: BlockMask, call: Call) -> BlockMask:
         """`mask` and random blocks that it drops; all batch rows draw the same numbers."""
         keep = mask.keep()
-        seeded = torch.Generator(keep.device).manual_seed(layer)
-        score = torch.rand(keep.shape[1:], generator=seeded, device=keep.device)
+        seeded = torch.Generator(keep.device).manual_seed(call.layer)
+        shape = (call.heads.total(keep.shape[1]), *keep.shape[2:])
+        score = call.heads.own(torch.rand(shape, generator=seeded, device=keep.device), 0)
         score = score.expand(keep.shape).masked_fill(keep, -torch.inf)
         count = round(self.random_share * mask.nq * mask.nk)
         return top_blocks(score, count, self.block, per="head", always=keep)

@@ -56,7 +56,7 @@ class PAROAttention(CalibratedAttention):
         """The plan of this bin of steps and layer; q and k say only how many heads and where."""
         found = self.calibrated(call)
         if "tensors" not in call.memory:  # checked once a run, like the file
-            call.memory["tensors"] = _tensors(found, call, q.shape[1])
+            call.memory["tensors"] = _tensors(found, call, call.heads.total(q.shape[1]))
         number = _bin(call.memory["tensors"]["bin"], found.step_of(call))
         if call.memory.get("bin", (None,))[0] != number:
             call.memory["bin"] = number, _shared_plan(found, number, call, q)
@@ -97,7 +97,7 @@ def _bin(bins: Tensor, step: int) -> int:
 
 def _shared_plan(found: Calibration, number: int, call: Call, q: Tensor) -> Plan:
     """The plan of a bin and layer, the same object for all who hold one."""
-    key = (found, number, call.origin.expert, call.layer, q.device)
+    key = (found, number, call.origin.expert, call.layer, call.heads, q.device)
     plan = _PLANS.get(key)
     if plan is None:
         # It may outlive the inference mode of whoever asked first.
@@ -108,12 +108,14 @@ def _shared_plan(found: Calibration, number: int, call: Call, q: Tensor) -> Plan
 
 def _plan(found: Calibration, number: int, call: Call, q: Tensor) -> Plan:
     tensors, block = call.memory["tensors"], found.fields["block"]
-    keep = unpack(tensors["keep"][number, call.layer].to(q.device), -(-call.grid.tokens // block))
+    keep = call.heads.own(tensors["keep"][number, call.layer], 0).to(q.device)
+    keep = unpack(keep, -(-call.grid.tokens // block))
     edge = whole_blocks(call.grid, block)
     keep[..., edge:, :] = True
     keep[..., edge:] = True
     keep |= torch.diag_embed(~keep.any(-1))
-    names = [AXES[index] for index in tensors["order"][call.layer].tolist()]
+    own_axes = call.heads.own(tensors["order"][call.layer], 0)
+    names = [AXES[index] for index in own_axes.tolist()]
     order = None
     if set(names) != {"FHW"}:
         order = torch.stack([axis_order(call.grid, axes, q.device) for axes in names])

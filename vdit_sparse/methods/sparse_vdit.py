@@ -74,12 +74,15 @@ class SparseVDiTAttention(CalibratedAttention):
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         """The plan of this step and layer; q says how many heads there are, on which device."""
         found = self.calibrated(call)
-        modes = modes_at(found, call, q.shape[1])
+        modes = call.heads.own(modes_at(found, call, call.heads.total(q.shape[1])), 0)
         built = call.memory.get("modes")
         if built is None or not torch.equal(built, modes):
             patterns = _patterns(found)
             searched = patterns.stripes == "searched"
-            columns = found.tensor("stripes", call.origin.expert)[call.layer] if searched else None
+            columns = None
+            if searched:
+                stripes = found.tensor("stripes", call.origin.expert)[call.layer]
+                columns = call.heads.own(stripes, 0)
             mask = mask_of(modes, columns, call.grid, patterns, q.device)
             call.memory.update(modes=modes, mask=mask)
         return Plan(call.memory["mask"], order_of(modes, call.grid, q.device))
