@@ -16,25 +16,20 @@ from tests.tiny_models.wan import wan_transformer
 from vdit_sparse.pipelines.wan_vace import WanVACEPipeline
 
 
-def control(references: int) -> Tiny:
-    """A text-to-video call with the given number of reference images."""
+def with_a_reference() -> Tiny:
     config = {"vace_layers": [0, 1], "kind": WanVACETransformer3DModel}
     pipe = WanVACEPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=umt5_encoder(),
-        vae=wan_vae(),
+        vae=encoding_once(wan_vae()),
         scheduler=flow(shift=7.0),
         transformer=wan_transformer(2, 16, **config),
     )
-    encoding_once(pipe.vae)
-    # 4 x 8 x 16 tokens with the references; it takes one prompt only.
-    call = {**CALL, "height": 128, "width": 256, "num_frames": 13 - 4 * references}
+    # 4 x 8 x 16 tokens, of which the first frame is the reference; it takes one prompt only.
+    call = {**CALL, "height": 128, "width": 256, "num_frames": 9}
     call |= {"negative_prompt": "bad", "guidance_scale": 5.0, "max_sequence_length": 16}
-    if references:
-        call["reference_images"] = [Image.new("RGB", (64, 64), "red")] * references
-    return Tiny(pipe, call, ODD, batch={})
+    call["reference_images"] = [Image.new("RGB", (64, 64), "red")]
+    return Tiny(pipe, call, odd={"height": 80, "width": 112, "num_frames": 9}, batch={})
 
 
-ODD = {"height": 80, "width": 112, "num_frames": 9}
-
-TINY = {"wan-vace": lambda: control(0), "wan-vace-references": lambda: control(1)}
+TINY = {"wan-vace": with_a_reference}
