@@ -244,7 +244,7 @@ def test_ray_survives_the_death_of_a_worker(cli, words, tmp_path):
     out, killed = tmp_path / "out", []
 
     def kill():
-        file = out / "rows" / "ray-2.jsonl"
+        file = out / "rows" / "ray-1.jsonl"
         while not killed:
             time.sleep(0.05)
             if file.exists() and file.read_text().count("\n") >= 1:
@@ -253,17 +253,17 @@ def test_ray_survives_the_death_of_a_worker(cli, words, tmp_path):
 
     watcher = threading.Thread(target=kill, daemon=True)
     watcher.start()
-    result = cli(*words, "--seeds", "0-6", "--ray", "--ray-workers", 2)
+    result = cli(*words, "--seeds", "0-3", "--ray", "--ray-workers", 2)
     assert result.exit_code == 0, result.output
     watcher.join(10)
-    assert killed and "28 of 28 samples" in result.stdout
+    assert killed and "16 of 16 samples" in result.stdout
     lines = [line for file in (out / "rows").iterdir() for line in file.open()]
     rows = read_rows(out)
-    assert len(rows) == len(lines) == 28
+    assert len(rows) == len(lines) == 16
     by_worker = {row["worker"]: row["process"] for row in rows}
-    # The third takes the place of the second; whether anything is left for it is a matter of time.
-    assert {"ray-1", "ray-2"} <= set(by_worker) <= {"ray-1", "ray-2", "ray-3"}
-    assert by_worker["ray-2"] == killed[0] != by_worker["ray-1"]
+    # The third takes the place of the first; which of them makes the rest is a matter of time.
+    assert by_worker["ray-1"] == killed[0]
+    assert len(by_worker) > 1 and set(by_worker) <= {"ray-1", "ray-2", "ray-3"}
 
 
 def test_ray_is_asked_for_only_where_it_is_used(cli, words, monkeypatch):
