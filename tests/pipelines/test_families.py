@@ -22,6 +22,8 @@ from vdit_sparse.pipelines.report import Summary
 
 DENSE = AdaSpaAttention(dense_steps=10_000)
 OWN = [name for name in TINY if name not in VARIANTS]
+KEPT_RUNS = [(entry, name) for entry in TINY for name in ("draft", "paro")]
+KEPT_RUNS += [(entry, "radial") for entry in OWN]
 METHOD_RUNS = [(entry, name) for entry in OWN for name in METHODS]
 METHOD_RUNS += [(entry, "adaspa") for entry in TINY if entry in VARIANTS]
 pytestmark = pytest.mark.filterwarnings("ignore::vdit_sparse.calibration.CalibrationWarning")
@@ -100,7 +102,7 @@ def test_only_visual_self_attention_is_replaced_and_comes_back(case):
     assert all(m.processor is former for m, former in zip(modules, before, strict=True))
 
 
-@pytest.mark.parametrize("name", ["radial", "draft", "paro"])
+@pytest.mark.parametrize(("case", "name"), KEPT_RUNS, indirect=["case"])
 def test_all_blocks_kept_equals_stock_at_odd_sizes_and_with_unequal_prompts(case, name, tmp_path):
     if name in case.tiny.refused:
         pytest.skip(f"{name} does not run on it: {case.tiny.refused[name]}")
