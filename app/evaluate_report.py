@@ -13,7 +13,7 @@ from torch import Tensor
 from vdit_sparse.app.options import InputError
 from vdit_sparse.app.video import Panel, side_by_side, write_image, write_video
 from vdit_sparse.eval.files import new_file
-from vdit_sparse.eval.metrics import ALL_METRICS
+from vdit_sparse.eval.metrics import METRICS
 from vdit_sparse.eval.report import Findings, Line, heading, read_findings
 from vdit_sparse.eval.report_page import Shown, markdown, methods_csv, page, samples_csv
 from vdit_sparse.eval.store import StoreError
@@ -58,7 +58,7 @@ def worst_rows(findings: Findings, line: Line, count: int) -> list[dict]:
     if line.name == "dense" or not findings.compared:
         return []
     metric = findings.compared[0]
-    sign = 1 if ALL_METRICS[metric].higher_is_better else -1
+    sign = 1 if METRICS[metric].higher_is_better else -1
     measured = [row for row in line.rows if metric in row["metrics"]]
     return sorted(measured, key=lambda row: sign * row["metrics"][metric])[:count]
 

@@ -14,7 +14,7 @@ from vdit_sparse.app.terminal import Progress
 from vdit_sparse.app.video import contact_sheet, side_by_side, write_image, write_video
 from vdit_sparse.calibration import CalibratedAttention
 from vdit_sparse.eval.denoise import execution_device, run, warm_up
-from vdit_sparse.eval.metrics import METRICS
+from vdit_sparse.eval.metrics import QUICK_METRICS
 
 
 class RunFailed(Exception):
@@ -99,7 +99,9 @@ class _Session:
             clip,
             warmup_steps,
             speedup=reference.clip.denoise_seconds / clip.denoise_seconds,
-            metrics={key: METRICS[key](clip.frames, reference.clip.frames) for key in METRICS},
+            metrics={
+                key: QUICK_METRICS[key](clip.frames, reference.clip.frames) for key in QUICK_METRICS
+            },
         )
 
     def _keep(self, finished: Finished) -> None:

@@ -24,7 +24,7 @@ from vdit_sparse.eval.calibrators.sparse_vdit import SparseVDiTSearch
 from vdit_sparse.eval.compare_table import tables
 from vdit_sparse.eval.controls import OracleBlocks, RandomBlocks
 from vdit_sparse.eval.denoise import latents, timed_call, use, warm_up
-from vdit_sparse.eval.metrics import METRICS
+from vdit_sparse.eval.metrics import QUICK_METRICS
 from vdit_sparse.eval.probe import Probe
 from vdit_sparse.kernels.block_sparse import PRECISIONS
 from vdit_sparse.method import SparseAttention
@@ -169,7 +169,7 @@ class Comparison:
     def _compare(self, frames: Tensor) -> dict:
         device = self.pipe.device
         pairs = [(x.to(device), y.to(device)) for x, y in zip(frames, self.reference, strict=True)]
-        return {name: [metric(*pair) for pair in pairs] for name, metric in METRICS.items()}
+        return {name: [metric(*pair) for pair in pairs] for name, metric in QUICK_METRICS.items()}
 
     def _probe(self, method: SparseAttention) -> dict:
         """Error of the attention's output and time of planning, in a run of few prompts."""

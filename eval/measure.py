@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vdit_sparse.eval.adherence import adherence, checked
 from vdit_sparse.eval.judge import Judge, load_judge
-from vdit_sparse.eval.metrics import ALL_METRICS, Unavailable
+from vdit_sparse.eval.metrics import METRICS, Unavailable
 from vdit_sparse.eval.suite import Prompt, Suite
 
 # What a sample has for a metric to take.
@@ -30,10 +30,10 @@ class Chosen:
 def choose(names: Sequence[str] | None, suite: Suite) -> Chosen:
     """The metrics of these names; by default all that a sample of the suite has the inputs for and
     that can run here. Raises ValueError for one that there is not, or that cannot run here."""
-    unknown = [name for name in names or () if name not in ALL_METRICS]
+    unknown = [name for name in names or () if name not in METRICS]
     if unknown:
-        raise ValueError(f"There is no metric {unknown[0]!r}; there are: {', '.join(ALL_METRICS)}.")
-    reasons = {name: _reason(name, suite) for name in names or ALL_METRICS}
+        raise ValueError(f"There is no metric {unknown[0]!r}; there are: {', '.join(METRICS)}.")
+    reasons = {name: _reason(name, suite) for name in names or METRICS}
     left_out = {name: reason for name, reason in reasons.items() if reason}
     if names and left_out:
         name, reason = next(iter(left_out.items()))
@@ -67,7 +67,7 @@ class Measure:
             given["reference"] = reference.to(self.device)
         values, unmeasured = {}, {}
         for name in self.chosen.names:
-            metric = ALL_METRICS[name]
+            metric = METRICS[name]
             if any(given.get(each) is None for each in metric.takes):
                 continue
             try:
@@ -96,7 +96,7 @@ class Measure:
 
 def _reason(name: str, suite: Suite) -> str | None:
     """Why a metric cannot be measured on samples of a suite; None if it can."""
-    metric = ALL_METRICS[name]
+    metric = METRICS[name]
     missing = set(metric.takes) - _GIVEN
     if missing:
         return f"{', '.join(sorted(missing))} of a sample are not kept."

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 
-from vdit_sparse.eval.metrics import ALL_METRICS
+from vdit_sparse.eval.metrics import METRICS
 from vdit_sparse.eval.store import StoreError, differences, digest, read_protocol, read_rows
 
 CONFIDENCE = 0.95
@@ -76,8 +76,8 @@ class Findings:
     @property
     def compared(self) -> tuple[str, ...]:
         """The metrics against dense among the columns."""
-        metrics = [name for name in self.columns if name in ALL_METRICS]
-        return tuple(name for name in metrics if "reference" in ALL_METRICS[name].takes)
+        metrics = [name for name in self.columns if name in METRICS]
+        return tuple(name for name in metrics if "reference" in METRICS[name].takes)
 
 
 def read_findings(folders: Sequence[Path]) -> Findings:
@@ -112,7 +112,7 @@ def read_findings(folders: Sequence[Path]) -> Findings:
     return Findings(
         protocol=protocol,
         lines=tuple(lines),
-        columns=tuple(name for name in (*FIGURES, *ALL_METRICS) if name in shown),
+        columns=tuple(name for name in (*FIGURES, *METRICS) if name in shown),
         samples=samples,
         left_out=left_out,
         failures=tuple(row for row in failures if row["key"] not in rows),
@@ -126,7 +126,7 @@ def heading(column: str) -> str:
     if column in FIGURES:
         title, unit = FIGURES[column]
     else:
-        title, unit = ALL_METRICS[column].title, ALL_METRICS[column].unit
+        title, unit = METRICS[column].title, METRICS[column].unit
     return f"{title} ({unit})" if unit else title
 
 
@@ -235,11 +235,11 @@ def _notes(lines: Sequence[Line], left_out: int) -> list[str]:
     if left_out:
         notes.append(f"{left_out} samples that not every method has are left out.")
     unmeasured = Counter(
-        f"{ALL_METRICS[name].title}: {why}"
+        f"{METRICS[name].title}: {why}"
         for line in lines
         for row in line.rows
         for name, why in row.get("unmeasured", {}).items()
-        if name in ALL_METRICS
+        if name in METRICS
     )
     notes += [f"{why} ({count} samples have no value)" for why, count in unmeasured.items()]
     dense = {(row["prompt"], row["seed"]): row["frames_sha256"] for row in lines[0].rows}

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vdit_sparse.eval.metrics import ALL_METRICS
+from vdit_sparse.eval.metrics import METRICS
 from vdit_sparse.eval.report import HEADLINE, Findings, Line, Mean, heading, show
 from vdit_sparse.eval.report_plot import Point, colour_of, plot
 from vdit_sparse.eval.report_style import STYLE
@@ -63,7 +63,7 @@ def methods_csv(findings: Findings) -> str:
 def samples_csv(findings: Findings) -> str:
     """A row a sample."""
     own = ("prompt", "seed", "density", "denoise_seconds", "speedup", "peak_memory_bytes", "file")
-    metrics = [name for name in findings.columns if name in ALL_METRICS]
+    metrics = [name for name in findings.columns if name in METRICS]
     rows = [
         [line.label, *(row.get(name) for name in own), *(row["metrics"].get(m) for m in metrics)]
         for line in findings.lines
@@ -114,10 +114,10 @@ def _facts(findings: Findings) -> str:
 
 
 def _arrow(name: str) -> str:
-    if name not in ALL_METRICS:
+    if name not in METRICS:
         return ""
     # A space that does not break.
-    return "\N{NO-BREAK SPACE}" + ("↑" if ALL_METRICS[name].higher_is_better else "↓")
+    return "\N{NO-BREAK SPACE}" + ("↑" if METRICS[name].higher_is_better else "↓")
 
 
 def _cells(findings: Findings, columns: Sequence[str]) -> list[list[str]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vdit_sparse.eval.files import marked_stem
-from vdit_sparse.eval.metrics import ALL_METRICS
+from vdit_sparse.eval.metrics import METRICS
 
 # Dimension -> its weight in the total it belongs to (VBench, scripts/constant.py).
 QUALITY = {
@@ -111,7 +111,7 @@ def videos_of(folder: Path, dimension: str, entries: Sequence[Mapping] | None) -
 def flickering(files: Sequence[Path]) -> float:
     """VBench's temporal_flickering: the mean over videos of 1 - mean |difference| / 255 of
     neighbouring frames. Raises DimensionFailed for a file that cannot be read."""
-    metric = ALL_METRICS["temporal_flickering"]
+    metric = METRICS["temporal_flickering"]
     try:
         return sum(metric(read_frames(file)) for file in files) / len(files)
     except ValueError as error:

@@ -19,7 +19,7 @@ from vdit_sparse.app.report import FILE, Report, run_facts
 from vdit_sparse.app.request import Request
 from vdit_sparse.app.video import write_image
 from vdit_sparse.eval.files import new_file
-from vdit_sparse.eval.metrics import ALL_METRICS
+from vdit_sparse.eval.metrics import METRICS
 from vdit_sparse.pipelines.families import DENOISERS
 
 SCRIPT, COMMAND, PICTURE = "reproduce.py", "command.txt", "middle.png"
@@ -135,7 +135,7 @@ def _blocks(pipe) -> Iterator[nn.Module]:
 
 def _vmaf(report: Report) -> Iterator[float | None]:
     """VMAF of each run against the reference; None for that run, and where it cannot be had."""
-    metric = ALL_METRICS["vmaf"]
+    metric = METRICS["vmaf"]
     reference = next((run for run in report.runs if run.reference), None)
     usable = reference is not None and metric.unavailable() is None
     for run in report.runs:

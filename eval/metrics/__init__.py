@@ -1,7 +1,7 @@
 """The quality metrics by name, for reports and suites.
 
-    from vdit_sparse.eval.metrics import ALL_METRICS
-    metric = ALL_METRICS["lpips_alex"]
+    from vdit_sparse.eval.metrics import METRICS
+    metric = METRICS["lpips_alex"]
     metric.unavailable()                             # None, or why it cannot run and what to do
     inputs = {"video": frames, "reference": dense, "prompt": "a fox", "spec": spec, ...}
     given = [inputs[name] for name in metric.takes]  # ("video", "reference"), ("video",), ...
@@ -21,7 +21,7 @@ Errors: ValueError for inputs that cannot be measured (shape, range, too few fra
 `Unavailable` where `unavailable()` has a reason, or ffmpeg fails; the messages say what to do. A
 metric runs on the device of its inputs as far as it can. Nothing is ever downloaded.
 
-`METRICS` is the part of `ALL_METRICS` that every command prints: with a reference, and in need of
+`QUICK_METRICS` is the part of `METRICS` that every command prints: with a reference, and in need of
 nothing but torch. Metrics of a whole set of videos accumulate (`FrechetDistance`).
 """
 
@@ -53,7 +53,7 @@ from vdit_sparse.eval.metrics.psnr import psnr, psnr_per_frame
 from vdit_sparse.eval.metrics.sharpness import sharpness_per_frame
 from vdit_sparse.eval.metrics.ssim import ssim, ssim_per_frame
 
-ALL_METRICS: dict[str, Metric] = {
+METRICS: dict[str, Metric] = {
     "psnr": Metric("PSNR", psnr_per_frame, unit="dB"),
     "ssim": Metric("SSIM", ssim_per_frame),
     "ms_ssim": Metric("MS-SSIM", ms_ssim_per_frame),
@@ -126,11 +126,11 @@ ALL_METRICS: dict[str, Metric] = {
 }
 """Name -> metric: with a reference, of a video alone, with what the video should show."""
 
-METRICS: dict[str, Metric] = {name: ALL_METRICS[name] for name in ("psnr", "ssim")}
+QUICK_METRICS: dict[str, Metric] = {name: METRICS[name] for name in ("psnr", "ssim")}
 
 __all__ = [
-    "ALL_METRICS",
     "METRICS",
+    "QUICK_METRICS",
     "FrechetDistance",
     "Metric",
     "Unavailable",

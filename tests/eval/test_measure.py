@@ -5,7 +5,7 @@ import torch
 
 from vdit_sparse.eval.judge import FOLDER
 from vdit_sparse.eval.measure import Chosen, Measure, choose
-from vdit_sparse.eval.metrics import ALL_METRICS, psnr, ssim
+from vdit_sparse.eval.metrics import METRICS, psnr, ssim
 from vdit_sparse.eval.suite import Prompt, Suite, read_suite
 
 PLAIN = Suite("plain", (Prompt("a cat"),))
@@ -15,9 +15,9 @@ CLIP = torch.randint(0, 255, (3, 3, 24, 24), generator=torch.Generator().manual_
 def test_all_that_can_run_is_chosen_and_the_rest_has_a_reason():
     chosen = choose(None, PLAIN)
     assert {"psnr", "ssim"} <= set(chosen.names)
-    assert set(chosen.names) | set(chosen.left_out) == set(ALL_METRICS)
+    assert set(chosen.names) | set(chosen.left_out) == set(METRICS)
     for name in chosen.names:
-        assert ALL_METRICS[name].unavailable() is None
+        assert METRICS[name].unavailable() is None
     assert "are not kept" in chosen.left_out["latent_error"] and chosen.judge is None
     assert "does not say what its prompts show" in chosen.left_out["adherence"]
 
@@ -55,7 +55,7 @@ def test_a_value_that_is_no_number_is_none(monkeypatch):
         def __call__(self, video):
             return float("nan")
 
-    monkeypatch.setitem(ALL_METRICS, "broken", Broken())
+    monkeypatch.setitem(METRICS, "broken", Broken())
     row = Measure(Chosen(("broken",), {}), torch.device("cpu"))(CLIP, None, PLAIN.prompts[0])
     assert row["metrics"] == {} and row["unmeasured"] == {"broken": "the value is nan"}
 

@@ -8,7 +8,7 @@ import torch
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from tests.eval.metrics.clips import made, noisy, real
-from vdit_sparse.eval.metrics import ALL_METRICS
+from vdit_sparse.eval.metrics import METRICS
 from vdit_sparse.eval.metrics.flip import flip_per_frame
 from vdit_sparse.eval.metrics.ms_ssim import EXPONENTS, ms_ssim_per_frame
 
@@ -55,7 +55,7 @@ def test_ms_ssim_is_nearly_that_of_torchmetrics():
         video.double(), reference.double(), data_range=255.0
     )
     # torchmetrics counts the border at the last scale, we do not.
-    assert ALL_METRICS["ms_ssim"](video, reference) == pytest.approx(expected.item(), abs=5e-3)
+    assert METRICS["ms_ssim"](video, reference) == pytest.approx(expected.item(), abs=5e-3)
 
 
 def test_opposite_frames_have_no_likeness():
@@ -97,7 +97,7 @@ def test_flicker_is_vbenchs_to_a_millionth():
     frames = real("bikes", 6).permute(0, 2, 3, 1).numpy()[..., ::-1]  # VBench reads BGR
     errors = [np.mean(cv2.absdiff(a, b)) for a, b in zip(frames[:-1], frames[1:], strict=True)]
     expected = (255.0 - np.mean(errors).item()) / 255.0
-    metric = ALL_METRICS["temporal_flickering"]
+    metric = METRICS["temporal_flickering"]
     assert metric(real("bikes", 6)) == pytest.approx(expected, abs=1e-9)
     assert metric(real("bikes", 1).expand(3, -1, -1, -1)) == 1
 
@@ -105,25 +105,25 @@ def test_flicker_is_vbenchs_to_a_millionth():
 def test_a_constant_error_neither_flickers_nor_moves():
     reference = made(4, 24, 32).clamp(max=200)
     for name in ("flicker_difference", "motion_difference"):
-        assert ALL_METRICS[name](reference + 50, reference) == 0
+        assert METRICS[name](reference + 50, reference) == 0
 
 
 def test_differences_of_flicker_and_motion_by_hand():
     still = torch.full((3, 1, 4, 4), 100, dtype=torch.uint8)
     jumpy = still.clone()
     jumpy[1, :, :2] += 40  # half of the pixels, there and back
-    flicker = ALL_METRICS["flicker_difference"].per_frame(jumpy, still)
+    flicker = METRICS["flicker_difference"].per_frame(jumpy, still)
     assert flicker.tolist() == pytest.approx([20 / 255, 20 / 255])
-    assert ALL_METRICS["motion_difference"].per_frame(jumpy, still).tolist() == [20, 20]
+    assert METRICS["motion_difference"].per_frame(jumpy, still).tolist() == [20, 20]
     opposite = still.clone()
     opposite[1, :, 2:] += 40  # as much flicker as `jumpy`, elsewhere
-    assert ALL_METRICS["flicker_difference"](opposite, jumpy) == 0
-    assert ALL_METRICS["motion_difference"](opposite, jumpy) == 40
+    assert METRICS["flicker_difference"](opposite, jumpy) == 0
+    assert METRICS["motion_difference"](opposite, jumpy) == 40
 
 
 @pytest.mark.parametrize("name", ["temporal_flickering", "rife_smoothness", "dis_motion"])
 def test_a_still_has_no_motion(name):
-    metric = ALL_METRICS[name]
+    metric = METRICS[name]
     if metric.unavailable() is None:
         with pytest.raises(ValueError, match="at least t"):
             metric(made(1, 48, 48))
@@ -132,7 +132,7 @@ def test_a_still_has_no_motion(name):
 def test_latent_error_is_the_ratio_of_norms():
     reference = torch.randn(16, 5, 6, 8)
     latents = reference + 0.1 * torch.randn(16, 5, 6, 8)
-    metric = ALL_METRICS["latent_error"]
+    metric = METRICS["latent_error"]
     x, y = latents.double().numpy(), reference.double().numpy()
     expected = [np.linalg.norm(x[:, t] - y[:, t]) / np.linalg.norm(y[:, t]) for t in range(5)]
     assert metric.per_frame(latents, reference).tolist() == pytest.approx(expected)
@@ -154,4 +154,4 @@ def test_latent_error_is_the_ratio_of_norms():
 )
 def test_wrong_latents_are_named(latents, reference, message):
     with pytest.raises(ValueError, match=message):
-        ALL_METRICS["latent_error"](latents, reference)
+        METRICS["latent_error"](latents, reference)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.eval.metrics.clips import made, noisy, real
 from vdit_sparse.eval import judge
-from vdit_sparse.eval.metrics import ALL_METRICS, adherence
+from vdit_sparse.eval.metrics import METRICS, adherence
 from vdit_sparse.eval.metrics.niqe import niqe_per_frame
 from vdit_sparse.eval.metrics.parts.colour import luma
 from vdit_sparse.pipelines.mini.training.captions import Item, Spec
@@ -24,10 +24,10 @@ def test_sharpness_is_that_of_opencv():
         cv2.Laplacian(grey, cv2.CV_64F, borderType=cv2.BORDER_REFLECT_101).var()
         for grey in luma(video).numpy()
     ]
-    assert ALL_METRICS["sharpness"].per_frame(video).tolist() == pytest.approx(expected)
+    assert METRICS["sharpness"].per_frame(video).tolist() == pytest.approx(expected)
     grey = video[:, :1]
-    assert ALL_METRICS["sharpness"](grey.expand(-1, 3, -1, -1)) == pytest.approx(
-        ALL_METRICS["sharpness"](grey)
+    assert METRICS["sharpness"](grey.expand(-1, 3, -1, -1)) == pytest.approx(
+        METRICS["sharpness"](grey)
     )
 
 
@@ -65,7 +65,7 @@ def test_niqe_is_that_of_scikit_video(scikit_video):
 
 
 def test_niqe_prefers_the_picture_to_its_noise_and_takes_flat_frames():
-    metric = ALL_METRICS["niqe"]
+    metric = METRICS["niqe"]
     if reason := metric.unavailable():
         pytest.skip(reason)
     picture = real("bigbuckbunny", 1)[:, :, 200:500, 400:800]
@@ -75,7 +75,7 @@ def test_niqe_prefers_the_picture_to_its_noise_and_takes_flat_frames():
 
 @pytest.mark.parametrize(("right", "down"), [(3, 0), (-2, 4)])
 def test_flow_finds_a_known_shift(right, down):
-    metric = ALL_METRICS["dis_motion"]
+    metric = METRICS["dis_motion"]
     if reason := metric.unavailable():
         pytest.skip(reason)
     whole = real("bigbuckbunny", 1)[0, :, 100:400, 300:700]
@@ -110,7 +110,7 @@ def test_adherence_counts_each_statement_once(monkeypatch):
 
 def test_adherence_needs_a_judge(monkeypatch, tmp_path):
     monkeypatch.setattr(judge, "FOLDER", tmp_path)
-    assert "there is no judge" in ALL_METRICS["adherence"].unavailable()
+    assert "there is no judge" in METRICS["adherence"].unavailable()
     (tmp_path / "config.json").touch()
     (tmp_path / "judge.safetensors").touch()
-    assert ALL_METRICS["adherence"].unavailable() is None
+    assert METRICS["adherence"].unavailable() is None

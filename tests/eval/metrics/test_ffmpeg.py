@@ -9,7 +9,7 @@ import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 
 from tests.eval.metrics.clips import made, noisy, real
-from vdit_sparse.eval.metrics import ALL_METRICS, Unavailable
+from vdit_sparse.eval.metrics import METRICS, Unavailable
 from vdit_sparse.eval.metrics.parts import ffmpeg
 from vdit_sparse.eval.metrics.vmaf import vmaf_per_frame
 from vdit_sparse.eval.metrics.xpsnr import xpsnr_per_frame
@@ -72,7 +72,7 @@ def test_vmaf_is_that_of_vmaf_torch():
 @pytest.mark.parametrize("name", ["vmaf", "xpsnr"])
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 40)], ids=str)
 def test_any_size_and_one_frame_have_a_value(name, size):
-    values = ALL_METRICS[name].per_frame(noisy(made(1, *size), 9), made(1, *size))
+    values = METRICS[name].per_frame(noisy(made(1, *size), 9), made(1, *size))
     assert values.shape == (1,) and values.isfinite().all()
 
 
@@ -86,7 +86,7 @@ def test_frames_stay_in_their_order():
 
 @pytest.mark.parametrize("name", ["vmaf", "xpsnr", "st_lpips", "mobilenet_consistency"])
 def test_grey_videos_are_refused_where_colour_is_needed(name):
-    metric = ALL_METRICS[name]
+    metric = METRICS[name]
     if metric.unavailable() is None:
         grey = made(3, 64, 64, channels=1)
         with pytest.raises(ValueError, match=r"RGB frames \[T, 3, H, W\], got \(3, 1, 64, 64\)"):

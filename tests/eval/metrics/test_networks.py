@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.eval.metrics.clips import made, real
-from vdit_sparse.eval.metrics import ALL_METRICS, lpips, mobilenet, rife
+from vdit_sparse.eval.metrics import METRICS, lpips, mobilenet, rife
 from vdit_sparse.eval.metrics.parts.sources import package_file
 
 # torchvision's layouts: "M" is a max-pool; features are taken after these ReLUs.
@@ -58,7 +58,7 @@ def lpips_by_hand(trunk, taps, heads, one, other):
 def test_lpips_is_its_definition(name, monkeypatch, tmp_path):
     trunk, taps = trunk_of(name)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    metric = ALL_METRICS[f"lpips_{name}"]
+    metric = METRICS[f"lpips_{name}"]
     assert str(tmp_path / "checkpoints") in metric.unavailable()
     file = lpips.trunk_file(name)
     file.parent.mkdir()
@@ -77,7 +77,7 @@ def test_lpips_is_its_definition(name, monkeypatch, tmp_path):
 
 
 def available(name):
-    metric = ALL_METRICS[name]
+    metric = METRICS[name]
     if reason := metric.unavailable():
         pytest.skip(reason)
     return metric

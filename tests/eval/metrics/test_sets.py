@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.eval.metrics.clips import made
-from vdit_sparse.eval.metrics import ALL_METRICS, FrechetDistance, clip_score
+from vdit_sparse.eval.metrics import METRICS, FrechetDistance, clip_score
 
 scipy_linalg = pytest.importorskip("scipy.linalg")
 
@@ -91,7 +91,7 @@ def test_clip_score_is_the_cosine(tiny_clip, monkeypatch):
     from transformers import CLIPModel, CLIPTokenizer
 
     monkeypatch.setattr(clip_score, "_folder", lambda: tiny_clip)
-    metric = ALL_METRICS["clip_score"]
+    metric = METRICS["clip_score"]
     assert metric.unavailable() is None
     # Squares of the processor's size: only its scaling of values is left to do.
     video = made(3, 32, 32)
@@ -110,4 +110,4 @@ def test_clip_score_is_the_cosine(tiny_clip, monkeypatch):
 
 def test_clip_score_downloads_nothing():
     if clip_score._folder() is None:
-        assert "hf download openai/clip-vit-base-patch32" in ALL_METRICS["clip_score"].unavailable()
+        assert "hf download openai/clip-vit-base-patch32" in METRICS["clip_score"].unavailable()

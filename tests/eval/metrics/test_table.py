@@ -7,34 +7,34 @@ import pytest
 import torch
 
 from tests.eval.metrics.clips import made, noisy, real
-from vdit_sparse.eval.metrics import ALL_METRICS, METRICS, Metric, Unavailable
+from vdit_sparse.eval.metrics import METRICS, QUICK_METRICS, Metric, Unavailable
 from vdit_sparse.eval.metrics.parts.metric import ALONE, PAIR
 
 KNOWN = {"video", "reference", "prompt", "spec", "latents", "reference_latents"}
-PAIRED = [name for name, metric in ALL_METRICS.items() if metric.takes == PAIR]
-OF_ONE = [name for name, metric in ALL_METRICS.items() if metric.takes == ALONE]
+PAIRED = [name for name, metric in METRICS.items() if metric.takes == PAIR]
+OF_ONE = [name for name, metric in METRICS.items() if metric.takes == ALONE]
 BEST = {"psnr": 100, "ssim": 1, "ms_ssim": 1, "xpsnr": 100, "vmaf": 100}
 
 
 def runnable(name: str) -> Metric:
-    metric = ALL_METRICS[name]
+    metric = METRICS[name]
     if reason := metric.unavailable():
         pytest.skip(reason)
     return metric
 
 
 def test_the_table_says_what_each_takes_and_needs():
-    assert set(METRICS) == {"psnr", "ssim"} and METRICS.items() <= ALL_METRICS.items()
-    for metric in ALL_METRICS.values():
+    assert set(QUICK_METRICS) == {"psnr", "ssim"} and QUICK_METRICS.items() <= METRICS.items()
+    for metric in METRICS.values():
         assert metric.takes and KNOWN.issuperset(metric.takes)
         reason = metric.unavailable()
         assert reason is None or len(reason) > 20
-    assert len({metric.title for metric in ALL_METRICS.values()}) == len(ALL_METRICS)
+    assert len({metric.title for metric in METRICS.values()}) == len(METRICS)
 
 
 @pytest.mark.parametrize("name", ["psnr", "ssim", "ms_ssim", "flip", "vmaf", "xpsnr"])
 def test_what_needs_no_download_runs(name):
-    assert ALL_METRICS[name].unavailable() is None
+    assert METRICS[name].unavailable() is None
 
 
 def test_a_metric_that_cannot_run_says_why():
@@ -46,7 +46,7 @@ def test_a_metric_that_cannot_run_says_why():
 
 def test_the_number_of_inputs_is_checked():
     with pytest.raises(TypeError, match="PSNR takes video, reference; got 1"):
-        ALL_METRICS["psnr"](made(1, 16, 16))
+        METRICS["psnr"](made(1, 16, 16))
 
 
 def test_a_metric_of_the_whole_video_has_one_value_a_frame_would_have():
@@ -118,7 +118,7 @@ def test_the_scored_pair_of_real_clips_ranks_below_a_light_distortion():
     pristine, distorted = real("carphone_pristine", 3), real("carphone_distorted", 3)
     light = noisy(pristine, 2)
     for name in ("psnr", "ssim", "flip", "vmaf", "xpsnr"):
-        metric = ALL_METRICS[name]
+        metric = METRICS[name]
         values = [metric(distorted, pristine), metric(light, pristine)]
         assert values == sorted(values, reverse=not metric.higher_is_better), name
 
@@ -126,6 +126,6 @@ def test_the_scored_pair_of_real_clips_ranks_below_a_light_distortion():
 def test_the_documentation_names_every_metric_and_its_direction():
     text = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
     text = text.replace("`lpips_alex`, `lpips_vgg`", "`lpips_alex` | lower |\n| `lpips_vgg`")
-    for name, metric in ALL_METRICS.items():
+    for name, metric in METRICS.items():
         better = "higher" if metric.higher_is_better else "lower"
         assert f"| `{name}` | {better} |" in text, name
