@@ -12,6 +12,7 @@ from pathlib import Path
 import gradio as gr
 from gradio.components import Component
 
+from vdit_sparse.app.demo.api import add_api
 from vdit_sparse.app.demo.desk import Desk
 from vdit_sparse.app.demo.models import BUNDLED_NAME
 from vdit_sparse.app.demo.routes import owner_in
@@ -54,6 +55,7 @@ def build_page(desk: Desk) -> gr.Blocks:
                 with gr.Tab("Bench", id="bench"):
                     own = '<studio-bench-form kind="bench"></studio-bench-form>'
                     _tab(desk, "bench", "Measure", [], own)
+        add_api(desk)
         _element("<studio-gallery></studio-gallery>", elem_id="gallery")
     return page
 

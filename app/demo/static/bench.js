@@ -41,16 +41,20 @@ class StudioBench extends HTMLElement {
       this.machine(card.checks)));
   }
 
-  // Milliseconds for each mask, the fastest dense kernel as the line to beat.
+  // Milliseconds for each mask; a CPU times dense attention with each, a GPU once.
   kernels(rows) {
     const { h } = studio;
-    const groups = Map.groupBy(rows, (row) => (row.pattern === "dense" ? "dense" : `${row.pattern}, density ${row.density}`));
-    return [...groups].map(([title, group]) => {
-      const most = Math.max(...group.map((row) => row.ms ?? 0));
-      return h("section", { class: "st-chart" }, h("h4", {}, title), group.toSorted((a, b) => (a.ms ?? 1e9) - (b.ms ?? 1e9)).map((row) =>
-        this.bar(row.kernel, row.ms === null ? null : [[row.ms / most, row.kernel.startsWith("sdpa") || row.pattern === "dense" ? "st-dense" : "st-sparse"]],
-          row.ms === null ? row.note : `${studio.number(row.ms, 2)} ms · ${studio.number(row.tflops, row.tflops < 10 ? 2 : 0)} TFLOP/s · error ${row.error?.toExponential(1) ?? "–"}`)));
-    });
+    const groups = new Map();
+    let title = "dense";
+    for (const row of rows.toReversed()) {
+      if (row.pattern !== "dense") title = `${row.pattern}, density ${studio.number(row.density, 2)}`;
+      else if (!this.card.facts.machine.includes("threads")) title = "dense";
+      groups.set(title, [row, ...(groups.get(title) ?? [])]);
+    }
+    const most = Math.max(...rows.map((row) => row.ms ?? 0));
+    return [...groups].reverse().map(([name, group]) => h("section", { class: "st-chart" }, h("h4", {}, name), group.map((row) =>
+      this.bar(row.kernel, row.ms === null ? null : [[row.ms / most, row.pattern === "dense" ? "st-dense" : "st-sparse"]],
+        row.ms === null ? row.note : `${studio.number(row.ms, row.ms < 10 ? 2 : 0)} ms · ${studio.number(row.tflops, row.tflops < 10 ? 2 : 0)} TFLOP/s · error ${row.error?.toExponential(1) ?? "–"}`))));
   }
 
   model(rows) {

@@ -110,6 +110,9 @@ class StudioExamples extends HTMLElement {
   }
 }
 
+// Bench has nothing to do with what stands on the left: studio.css hides it.
+for (const name of ["click", "keyup"]) document.addEventListener(name, () => setTimeout(() => { document.body.dataset.tab = studio.tab(); }, 60));
+
 const KEYS = [
   ["Ctrl + Enter", "start what the open tab does"],
   ["Esc", "cancel the run that is going on"],

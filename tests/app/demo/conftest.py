@@ -1,0 +1,84 @@
+"""A running studio that offers a tiny model, and a headless browser where one is installed."""
+
+import json
+import shutil
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("gradio", reason="the studio needs the extra `demo`")
+
+import httpx  # noqa: E402
+import uvicorn  # noqa: E402
+
+from vdit_sparse.app.demo.limits import Limits, Studio  # noqa: E402
+from vdit_sparse.app.demo.server import build_app  # noqa: E402
+
+SMALL = {"height": 32, "width": 64, "num_frames": 9, "num_inference_steps": 2}
+FORM = {"prompt": "a cat runs", "model": "tiny", "runs": ["radial:block=64"]}
+
+
+@pytest.fixture(scope="session")
+def root(tiny_model, tmp_path_factory):
+    """A folder of models, of which one is small and fast by default."""
+    folder = tmp_path_factory.mktemp("root")
+    shutil.copytree(tiny_model, folder / "tiny")
+    defaults = {**SMALL, "guidance_scale": 5.0, "max_sequence_length": 16, "fps": 8}
+    (folder / "tiny" / "generation.json").write_text(json.dumps(defaults))
+    return folder
+
+
+@pytest.fixture
+def studio(root, tmp_path):
+    """Settings of a studio on the CPU."""
+    return Studio(tmp_path / "state", root=root, device="cpu", limits=Limits(patience=60.0))
+
+
+@contextmanager
+def running(studio: Studio, host: str = "127.0.0.1"):
+    """(address, desk) of a studio that serves in a thread."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    app = build_app(studio, host)
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{port}", app.state.desk
+    finally:
+        server.should_exit = True
+        server.force_exit = True
+        thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def served(root, tmp_path_factory):
+    """(address, desk) of one studio for the tests that leave it as it is."""
+    state = tmp_path_factory.mktemp("served")
+    with running(Studio(state, root=root, device="cpu", limits=replace(Limits(), each=2))) as found:
+        yield found
+
+
+@pytest.fixture
+def user(served):
+    """A browser's session with the served studio: its cookie is its own."""
+    with httpx.Client(base_url=served[0], timeout=30) as client:
+        client.get("/studio/jobs")
+        yield client
+
+
+def until(what, seconds: float = 60.0):
+    """What `what()` gives as soon as it is true. Fails after `seconds`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = what()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"waited {seconds} s in vain")
