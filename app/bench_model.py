@@ -20,8 +20,8 @@ from vdit_sparse.kernels.bench.measure import Masked, checked, time_cpu, time_gp
 from vdit_sparse.kernels.bench.problem import Problem
 from vdit_sparse.method import SparseAttention
 from vdit_sparse.methods import RadialAttention
+from vdit_sparse.pipelines.checkpoints import Checkpoint
 from vdit_sparse.pipelines.random_model import (
-    ModelSize,
     random_inputs,
     random_transformer,
 )
@@ -41,7 +41,7 @@ class ModelBench:
     kernels: how many of the kernels that take longest to name for each variant.
     """
 
-    size: ModelSize
+    size: Checkpoint
     video: tuple[int, int, int]
     layers: int
     device: torch.device
@@ -210,8 +210,8 @@ def _by_arithmetic(bench: ModelBench, name: str, rest: float, say: Callable[[str
     """What the fastest dense forward would take with this kernel in the place of its attention."""
     say(f"{name} alone")
     size, on_gpu = bench.size, bench.device.type == "cuda"
-    dim = size.config.get("attention_head_dim", 128)
-    problem = Problem(size.heads, bench.grid.tokens, dim, bench.block, bench.dtype, bench.device)
+    shape = (size.heads, bench.grid.tokens, size.head_dim)
+    problem = Problem(*shape, bench.block, bench.dtype, bench.device)
     with torch.no_grad():
         timed = time_gpu if on_gpu else time_cpu
         found, _ = checked(name, problem.tensors(), Masked("dense"), timed)

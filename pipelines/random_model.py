@@ -3,68 +3,22 @@
 Nothing is downloaded: a forward's time depends on sizes, not on weights.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
 import diffusers
 import torch
 from torch import Tensor
 
-from vdit_sparse.grid import Grid
+from vdit_sparse.pipelines.checkpoints import Checkpoint, checkpoint_of
 
-
-@dataclass(frozen=True)
-class ModelSize:
-    """The transformer of a published model.
-
-    transformer: its class in diffusers; layers: self-attention layers of the whole model; config:
-    what differs from the class's defaults, which are the largest published size; spatial, temporal:
-    pixels and frames that its autoencoder makes one latent of; text: tokens of the prompt, and
-    whether they are in the sequence of the self-attention (joint).
-    """
-
-    transformer: str
-    layers: int
-    config: Mapping = field(default_factory=dict)
-    spatial: int = 8
-    temporal: int = 4
-    text: int = 512
-    joint: bool = False
-
-    def latent(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
-        """Latent frames, height and width of a video in pixels. Raises ValueError if it does not
-        fit the autoencoder and patches of two by two latents."""
-        pixels = 2 * self.spatial
-        if height % pixels or width % pixels or (frames - 1) % self.temporal:
-            raise ValueError(
-                f"Height and width must be multiples of {pixels} pixels and frames 1 more than a "
-                f"multiple of {self.temporal}, got {height}x{width} and {frames} frames."
-            )
-        return (frames - 1) // self.temporal + 1, height // self.spatial, width // self.spatial
-
-    def grid(self, height: int, width: int, frames: int) -> Grid:
-        """Tokens of a video in pixels."""
-        f, h, w = self.latent(height, width, frames)
-        return Grid(f, h // 2, w // 2, self.text if self.joint else 0)
-
-    @property
-    def heads(self) -> int:
-        """Attention heads of a layer, of 128 channels each."""
-        return self.config.get("num_attention_heads", 24 if self.joint else 40)
-
-
-# The configurations of the checkpoints' own files; 14B and HunyuanVideo are diffusers' defaults.
+# What `bench model` can build and feed, by its own short names.
 SIZES = {
-    "wan2.1-14b": ModelSize("WanTransformer3DModel", 40),
-    "wan2.1-1.3b": ModelSize(
-        "WanTransformer3DModel", 30, {"num_attention_heads": 12, "ffn_dim": 8960}
-    ),
-    "hunyuanvideo": ModelSize("HunyuanVideoTransformer3DModel", 60, text=256, joint=True),
+    "wan2.1-14b": checkpoint_of("wan2.1-t2v-14b"),
+    "wan2.1-1.3b": checkpoint_of("wan2.1-t2v-1.3b"),
+    "hunyuanvideo": checkpoint_of("hunyuanvideo"),
 }
 
 
 def random_transformer(
-    size: ModelSize, layers: int, device: torch.device, dtype: torch.dtype
+    size: Checkpoint, layers: int, device: torch.device, dtype: torch.dtype
 ) -> torch.nn.Module:
     """A transformer of `layers` layers of this size, made on `device`, in the dtypes in which
     diffusers loads it: `dtype`, but fp32 for what the class keeps so. HunyuanVideo's layers are a
@@ -84,7 +38,7 @@ def random_transformer(
 
 
 def random_inputs(
-    size: ModelSize,
+    size: Checkpoint,
     video: tuple[int, int, int],
     device: torch.device,
     dtype: torch.dtype,

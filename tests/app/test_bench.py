@@ -15,21 +15,26 @@ from vdit_sparse.kernels.bench.problem import PATTERNS, SHAPES, Problem, Shape
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse.reference import forward as reference
 from vdit_sparse.methods import METHODS
-from vdit_sparse.pipelines.random_model import (
-    SIZES,
-    ModelSize,
-    random_inputs,
-    random_transformer,
-)
+from vdit_sparse.pipelines.checkpoints import Checkpoint
+from vdit_sparse.pipelines.random_model import SIZES, random_inputs, random_transformer
 
 WAN = {"num_attention_heads": 2, "attention_head_dim": 64, "ffn_dim": 64, "freq_dim": 32}
 HUNYUAN = {"num_attention_heads": 2, "attention_head_dim": 24, "rope_axes_dim": (4, 10, 10)}
 TINY = {
-    "tiny": ModelSize("WanTransformer3DModel", 2, {**WAN, "text_dim": 16}, text=8),
-    "tiny-joint": ModelSize(
-        "HunyuanVideoTransformer3DModel",
-        3,
-        {**HUNYUAN, "text_embed_dim": 16},
+    "tiny": Checkpoint(
+        transformer="WanTransformer3DModel",
+        config={**WAN, "text_dim": 16},
+        layers=2,
+        heads=2,
+        head_dim=64,
+        text=8,
+    ),
+    "tiny-joint": Checkpoint(
+        transformer="HunyuanVideoTransformer3DModel",
+        config={**HUNYUAN, "text_embed_dim": 16},
+        layers=3,
+        heads=2,
+        head_dim=24,
         text=8,
         joint=True,
     ),
@@ -234,7 +239,7 @@ def test_passes_before_attention_agree(device):
     [
         (("--model", "wan"), "--model must be one of wan2.1-14b"),
         (("--size", "big"), "--size must be HEIGHTxWIDTH"),
-        (("--size", "120x128"), "--size 120x128 .*multiples of 16 pixels"),
+        (("--size", "120x128"), "--size 120x128 .*multiple of 16 pixels"),
         (("--frames", "16"), "1 more than a multiple of 4"),
         (("--layers", "0"), "--layers must be at least 1"),
         (("--method", "radal"), "--method must be one of .*did you mean 'radial'"),
