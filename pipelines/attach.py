@@ -4,7 +4,8 @@ import hashlib
 import inspect
 import json
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,6 +22,7 @@ from vdit_sparse.pipelines.hook import Run
 from vdit_sparse.pipelines.processor import SparseAttnProcessor, skipped
 from vdit_sparse.pipelines.report import Summary, settle
 from vdit_sparse.pipelines.spot_check import SpotCheck
+from vdit_sparse.pipelines.ulysses import has_no_stock_split, is_outermost, refusal
 
 HOOK = "vdit_sparse"
 CALIBRATIONS = "calibrations"  # folder of a checkpoint
@@ -52,7 +54,7 @@ def apply(
     Raises ValueError for a model or preset that is not known, naming those that are, for a method
     that cannot run on the model, and for a layer whose processor is not the stock one.
     """
-    denoisers = _denoisers(target)
+    denoisers = denoisers_of(target)
     methods = {
         name: preset(model, method) if isinstance(method, str) else method
         for name, model in denoisers.items()
@@ -69,21 +71,18 @@ def apply(
 
 def remove(target: Target) -> None:
     """Gives every layer its former processor back and takes the hook out; nothing happens to a
-    model without one."""
-    for model in _denoisers(target).values():
+    model without one. Raises RuntimeError where the stock attention would then be wrong, because
+    the tokens are split over GPUs by a plan of ours."""
+    for model in denoisers_of(target).values():
         run = _run_of(model)
         if run is None:
             continue
-        for name, module in run.family.layers(model).items():
-            ours = module.processor
-            if isinstance(ours, SparseAttnProcessor) and ours.run == run.number:
-                former = run.replaced[name]
-                if hasattr(former, "_attention_backend"):
-                    former._attention_backend = ours._attention_backend
-                _set_processor(module, former)
-        registry = HookRegistry.check_if_exists_or_initialize(model)
-        registry.remove_hook(HOOK, recurse=False)
-        registry.invalidate_child_registries_cache()
+        if has_no_stock_split(model):
+            raise RuntimeError(
+                f"The tokens of {type(model).__name__} are split over GPUs, where its stock "
+                "attention cannot run: load it anew."
+            )
+        _uninstall(model, run)
 
 
 def summary(target: Target) -> Summary:
@@ -139,12 +138,14 @@ class SparsePipelineMixin:
             apply(self, processor)
             return
         remove(self)
-        for model in _denoisers(self).values():
+        for model in denoisers_of(self).values():
             for module in family_of(model).layers(model).values():
                 _set_processor(module, processor)
 
 
-def _denoisers(target: Target) -> dict[str, torch.nn.Module]:
+def denoisers_of(target: Target) -> dict[str, torch.nn.Module]:
+    """The transformers of a pipeline, or the transformer itself, by name. Raises TypeError for
+    anything else, and ValueError for a pipeline without one, or of no known family."""
     if isinstance(target, torch.nn.Module):
         family_of(target)
         return {"transformer": target}
@@ -191,19 +192,52 @@ def _check(model: torch.nn.Module, method: object) -> None:
     reason = family.refuses(model, method) if family.refuses else None
     if reason:
         raise ValueError(f"{type(method).__name__} cannot run on {type(model).__name__}: {reason}.")
+    reason = refusal(model, family)
+    if reason:
+        raise ValueError(f"No sparse attention for {type(model).__name__} here: {reason}.")
     for path, module in family.layers(model).items():
         if not isinstance(module.processor, SparseAttnProcessor):
             _ours(family, path, module.processor)
 
 
 def _runs(target: Target) -> list[Run]:
-    return [run for model in _denoisers(target).values() if (run := _run_of(model)) is not None]
+    return [run for model in denoisers_of(target).values() if (run := _run_of(model)) is not None]
+
+
+@contextmanager
+def outermost(model: torch.nn.Module) -> Iterator[None]:
+    """Keeps our hooks the first to see a transformer's arguments: those that are registered
+    meanwhile come after them."""
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    ours = {name: hook for name, hook in registry.hooks.items() if name.startswith(HOOK)}
+    for name in reversed(ours):
+        registry.remove_hook(name, recurse=False)
+    try:
+        yield
+    finally:
+        for name, hook in ours.items():
+            registry.register_hook(hook, name)
+        registry.invalidate_child_registries_cache()
+
+
+def _uninstall(model: torch.nn.Module, run: Run) -> None:
+    for path, module in run.family.layers(model).items():
+        ours = module.processor
+        if isinstance(ours, SparseAttnProcessor) and ours.run == run.number:
+            former = run.replaced[path]
+            for name in ("_attention_backend", "_parallel_config"):
+                if hasattr(former, name):
+                    setattr(former, name, getattr(ours, name))
+            _set_processor(module, former)
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    registry.remove_hook(HOOK, recurse=False)
+    registry.invalidate_child_registries_cache()
 
 
 def _installed(name: str, model: torch.nn.Module) -> Run:
     run = _run_of(model)
-    if run is not None and run.lost(model):
-        remove(model)
+    if run is not None and (run.lost(model) or not is_outermost(run, model)):
+        _uninstall(model, run)
         run = None
     return run or _install(name, model)
 

@@ -2,6 +2,7 @@
 
 import diffusers
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_processor import (
     Attention,
     CogVideoXAttnProcessor2_0,
@@ -18,7 +19,7 @@ from vdit_sparse.methods import (
     SparseVDiTAttention,
 )
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
-from vdit_sparse.pipelines.families import Arguments, Family
+from vdit_sparse.pipelines.families import Arguments, Family, Parallel
 from vdit_sparse.pipelines.processor import SDPASparseAttnProcessor
 from vdit_sparse.pipelines.projections import normalise, project
 
@@ -68,6 +69,17 @@ def _layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {f"transformer_blocks.{i}.attn1": block.attn1 for i, block in blocks}
 
 
+def _split(transformer: torch.nn.Module) -> dict:
+    """diffusers has no plan for it: prompt and video before the first block, as its other joint
+    models."""
+    tokens, rope = ContextParallelInput(1, 3), ContextParallelInput(0, 2)
+    return {
+        "transformer_blocks.0": {"hidden_states": tokens, "encoder_hidden_states": tokens},
+        "transformer_blocks.*": {"image_rotary_emb": (rope, rope)},
+        "proj_out": ContextParallelOutput(1, 3),
+    }
+
+
 # Published settings; 50 steps unless said otherwise.
 PRESETS = {
     # The paper, CogVideoX 1.5, 81 frames of 768x1360; it needs no dense steps there. Needs a
@@ -98,6 +110,7 @@ FAMILY = Family(
     _grid,
     lead=_lead,
     presets=PRESETS,
+    parallel=Parallel(joint=True, plan=_split),
 )
 
 

@@ -52,6 +52,34 @@ def _timestep(arguments: Arguments) -> Tensor:
     return arguments["timestep"]
 
 
+def _no_refusal(transformer: torch.nn.Module) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the tokens of a family's self-attention are split over GPUs.
+
+    joint: prompt and video are split each for itself, so that every GPU has a part of both.
+    plan: transformer -> the `cp_plan` of diffusers' `enable_parallelism`; None for its class's own.
+    exchanging: ends of the paths of further attention modules whose keys are split; the others
+        have all their keys in every process.
+    refuses: transformer -> why it cannot be split, or None.
+    """
+
+    joint: bool = False
+    plan: Callable[[torch.nn.Module], Mapping] | None = None
+    exchanging: tuple[str, ...] = ()
+    refuses: Callable[[torch.nn.Module], str | None] = _no_refusal
+
+    def parts(self, grid: Grid, lead: int) -> tuple[int, ...]:
+        """Lengths of what is split, in the order of the sequence."""
+        if not self.joint:
+            return (grid.tokens,)
+        first = lead or grid.video
+        return first, grid.tokens - first
+
+
 @dataclass(frozen=True)
 class Family:
     """One model family's side of the contract with `attach`.
@@ -67,6 +95,7 @@ class Family:
     timestep: arguments -> a tensor whose largest value falls from step to step.
     refuses: (transformer, method) -> why the method cannot run on it, or None.
     presets: settings published for, or measured on, this family's checkpoints.
+    parallel: how its tokens are split over GPUs; None where they cannot be.
     """
 
     processors: Mapping[type, type]
@@ -76,6 +105,7 @@ class Family:
     timestep: Callable[[Arguments], Tensor] = _timestep
     refuses: Callable[[torch.nn.Module, SparseAttention], str | None] | None = None
     presets: Mapping[str, SparseAttention] = field(default_factory=dict)
+    parallel: Parallel | None = None
 
 
 def family_of(transformer: torch.nn.Module) -> Family:

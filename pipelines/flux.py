@@ -5,7 +5,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from vdit_sparse.methods import PAROAttention
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
-from vdit_sparse.pipelines.families import Family
+from vdit_sparse.pipelines.families import Family, Parallel
 from vdit_sparse.pipelines.flux_attention import (
     FluxSparseAttnProcessor,
     flux_grid,
@@ -26,6 +26,7 @@ FAMILY = Family(
     lead=flux_lead,
     refuses=refuses_images,
     presets=PRESETS,
+    parallel=Parallel(joint=True),
 )
 
 

@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 from torch import Tensor
 
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
-from vdit_sparse.pipelines.families import Family
+from vdit_sparse.pipelines.families import Family, Parallel
 from vdit_sparse.pipelines.flux_attention import flux_grid, flux_joint, flux_layers, flux_lead
 from vdit_sparse.pipelines.images import refuses_images
 from vdit_sparse.pipelines.processor import SparseAttnProcessor
@@ -80,6 +80,7 @@ FAMILY = Family(
     flux_grid,
     lead=flux_lead,
     refuses=refuses_images,
+    parallel=Parallel(joint=True),
 )
 
 

@@ -9,8 +9,9 @@ import torch
 from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from vdit_sparse.call import Call, Note, Origin
+from vdit_sparse.call import Call, Heads, Note, Origin
 from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_mask import BLOCK_SIZES, BlockMask
 from vdit_sparse.kernels.block_sparse import choose_backend, explain
@@ -21,18 +22,28 @@ from vdit_sparse.pipelines.processor import RUNS, SparseAttnProcessor
 from vdit_sparse.pipelines.report import Entry, Stopwatch
 from vdit_sparse.pipelines.sequence import VideoFirst
 from vdit_sparse.pipelines.spot_check import SpotCheck
+from vdit_sparse.pipelines.ulysses import (
+    Exchange,
+    LocalHeads,
+    exchange_of,
+    is_outermost,
+    tensor_parallel_group,
+)
 
 _numbers = itertools.count()
 
 
 class Place(NamedTuple):
-    """Where the model call in progress is, and the text tokens before its video."""
+    """Where the model call in progress is, the text tokens before its video, and how it is spread
+    over GPUs: the exchange of its tokens, or the processes that have a part of its heads."""
 
     grid: Grid
     lead: int
     branch: str
     step: int
     steps: int | None
+    exchange: Exchange | None
+    group: ProcessGroup | None
 
 
 class Run(ModelHook):
@@ -90,7 +101,8 @@ class Run(ModelHook):
             self.entries, self.backend, self.calibration = [], None, None
             if self.check:
                 self.check.forget()
-        self._place = Place(grid, lead, branch, self.clock.step, self.clock.steps)
+        spread = exchange_of(module, family, grid, lead), tensor_parallel_group(module)
+        self._place = Place(grid, lead, branch, self.clock.step, self.clock.steps, *spread)
         return args, kwargs
 
     def lost(self, module: torch.nn.Module) -> dict[str, object]:
@@ -110,6 +122,11 @@ class Run(ModelHook):
                 f"{path} has a {type(now).__name__} (fuse_qkv_projections, an adapter or "
                 "set_attn_processor does that). Apply the method again, or remove it."
             )
+        if not is_outermost(self, module):
+            raise RuntimeError(
+                "enable_parallelism came after the method and hides the whole sequence from it: "
+                "apply the method again."
+            )
 
     @torch.compiler.disable
     def post_forward(self, module, output):
@@ -128,18 +145,43 @@ class Run(ModelHook):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Attention of one layer: query, key, value `[B, S, H, D]` in the model's order ->
-        contiguous `[B, S, H, D]`. mask: as the stock processor gets it."""
+        contiguous `[B, S, H, D]`. mask: as the stock processor gets it. Where the tokens are
+        spread over GPUs, these are a part of them, and S is the part's length."""
+        if self._place is None:
+            raise RuntimeError(
+                "A sparse self-attention layer was called outside of its transformer's forward, "
+                "where grid and step are unknown; call the whole transformer."
+            )
+        exchange, group = self._place.exchange, self._place.group
+        if exchange is not None:
+            heads = exchange.heads(query.shape[2])
+            whole = exchange.gather(query, key, value)
+            out = self._attend(layer, *whole, exchange.mask(mask), heads)
+            return exchange.scatter(out, heads.count)
+        heads = LocalHeads(group, query.shape[2] * group.size()) if group else Heads()
+        return self._attend(layer, query, key, value, mask, heads)
+
+    def _attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        heads: Heads,
+    ) -> Tensor:
+        """As `attend`, of all tokens; heads: which ones query, key and value have."""
         processor = self.processors[layer]
         started = self.watch.start(query.device) if self.watch else None
         sequence = self._sequence(processor, query, mask)
-        call = self._call(layer, sequence, len(query))
+        call = self._call(layer, sequence, len(query), heads)
         why = self.method.why_dense(call)
         if why:
             out, look = processor.dense(query, key, value, mask), None
         else:
             parts = processor.sparse(query, key, value, mask)
             qkv = tuple(sequence.move(x).transpose(1, 2) for x in parts)
-            self._check_sparse(processor, *qkv)
+            self._choose_backend(*qkv)
             moved = self.method(*qkv, call)
             out, look = sequence.back(moved.transpose(1, 2)), (qkv, moved)
             out = out[..., : value.shape[-1]]
@@ -164,11 +206,6 @@ class Run(ModelHook):
     def _sequence(
         self, processor: SparseAttnProcessor, query: Tensor, mask: Tensor | None
     ) -> VideoFirst:
-        if self._place is None:
-            raise RuntimeError(
-                "A sparse self-attention layer was called outside of its transformer's forward, "
-                "where grid and step are unknown; call the whole transformer."
-            )
         grid, lead = self._place[:2]
         if query.shape[1] == grid.video:  # a layer without the text
             grid, lead = replace(grid, text=0), 0
@@ -178,20 +215,15 @@ class Run(ModelHook):
         real = torch.cat([keys[:, :lead], keys[:, lead + grid.video :]], dim=1)
         return VideoFirst(grid, lead, real)
 
-    def _call(self, layer: int, sequence: VideoFirst, rows: int) -> Call:
-        _, _, branch, step, steps = self._place
+    def _call(self, layer: int, sequence: VideoFirst, rows: int, heads: Heads) -> Call:
+        _, _, branch, step, steps = self._place[:5]
         # Guidance within the batch may end before the run: what was kept has rows too many then.
         memory = self._memory.setdefault((branch, layer, rows), {})
         place = (sequence.grid, layer, len(self.processors), step, steps)
         note = Note(watch=self.watch)
-        return Call(*place, memory, self.origin, note, sequence.kv_len)
+        return Call(*place, memory, self.origin, note, sequence.kv_len, heads)
 
-    def _check_sparse(self, processor: SparseAttnProcessor, q: Tensor, k: Tensor, v: Tensor):
-        if processor._parallel_config is not None:
-            raise NotImplementedError(
-                "Sparse attention under context parallelism is not supported yet; disable the "
-                "parallelism or run dense."
-            )
+    def _choose_backend(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         if self.backend is None:
             # Which backend takes a call depends on the device, the dtype, the head size and the
             # block sizes, but not on the lists.

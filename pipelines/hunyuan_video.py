@@ -2,6 +2,7 @@
 
 import diffusers
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
@@ -15,7 +16,7 @@ from vdit_sparse.methods import (
     SparseVDiTAttention,
 )
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
-from vdit_sparse.pipelines.families import Arguments, Family
+from vdit_sparse.pipelines.families import Arguments, Family, Parallel
 from vdit_sparse.pipelines.processor import SparseAttnProcessor
 from vdit_sparse.pipelines.projections import TEXT, joined, normalise, project
 
@@ -81,6 +82,26 @@ def _layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
     }
 
 
+def _split(transformer: torch.nn.Module) -> dict:
+    """diffusers has no plan for it: prompt and video before the first block, as its other joint
+    models. The mask stays whole."""
+    tokens, rope = ContextParallelInput(1, 3), ContextParallelInput(0, 2, split_output=True)
+    return {
+        "rope": {0: rope, 1: rope},
+        "transformer_blocks.0": {"hidden_states": tokens, "encoder_hidden_states": tokens},
+        "proj_out": ContextParallelOutput(1, 3),
+    }
+
+
+def _unsplit(transformer: torch.nn.Module) -> str | None:
+    if transformer.config.image_condition_type == "token_replace":
+        return (
+            "its blocks take the tokens of the first frame by their number, counted from the "
+            "start of what they get"
+        )
+    return None
+
+
 # Published settings; 50 steps.
 PRESETS = {
     # Radial Attention, scripts/hunyuan_t2v_inference.sh of mit-han-lab/radial-attention at 72788d4,
@@ -109,6 +130,7 @@ FAMILY = Family(
     _layers,
     _grid,
     presets=PRESETS,
+    parallel=Parallel(joint=True, plan=_split, refuses=_unsplit),
 )
 
 

@@ -2,6 +2,7 @@
 
 import diffusers
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.transformers.transformer_ltx2 import (
     LTX2Attention,
     LTX2AudioVideoAttnProcessor,
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from vdit_sparse.grid import Grid
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
-from vdit_sparse.pipelines.families import Arguments, Family
+from vdit_sparse.pipelines.families import Arguments, Family, Parallel
 from vdit_sparse.pipelines.processor import SparseAttnProcessor
 from vdit_sparse.pipelines.video_coords import find_video
 
@@ -95,6 +96,21 @@ def _layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {f"transformer_blocks.{i}.attn1": block.attn1 for i, block in blocks}
 
 
+def _split(transformer: torch.nn.Module) -> dict:
+    """As the class's own plan, but that every process keeps the whole prompt and sound, that the
+    timesteps of image to video, one a token, and the video's places in the cross-attention to the
+    sound are split too, and that it knows both forms of RoPE."""
+    dim, dims = (2, 4) if transformer.config.rope_type == "split" else (1, 3)
+    rope = ContextParallelInput(dim, dims, split_output=True)
+    tokens = ContextParallelInput(1, 3)
+    return {
+        "": {"hidden_states": tokens, "timestep": ContextParallelInput(1, 2)},
+        "rope": {0: rope, 1: rope},
+        "cross_attn_rope": {0: rope, 1: rope},
+        "proj_out": ContextParallelOutput(1, 3),
+    }
+
+
 FAMILY = Family(
     {
         LTX2AudioVideoAttnProcessor: LTX2SparseAttnProcessor,
@@ -102,6 +118,7 @@ FAMILY = Family(
     },
     _layers,
     _grid,
+    parallel=Parallel(plan=_split, exchanging=("video_to_audio_attn",)),
 )
 
 

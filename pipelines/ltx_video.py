@@ -2,6 +2,7 @@
 
 import diffusers
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.transformers.transformer_ltx import (
     LTXAttention,
     LTXVideoAttnProcessor,
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from vdit_sparse.grid import Grid
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
-from vdit_sparse.pipelines.families import Arguments, Family
+from vdit_sparse.pipelines.families import Arguments, Family, Parallel
 from vdit_sparse.pipelines.processor import SparseAttnProcessor
 from vdit_sparse.pipelines.video_coords import find_video
 
@@ -61,7 +62,24 @@ def _layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {f"transformer_blocks.{i}.attn1": block.attn1 for i, block in blocks}
 
 
-FAMILY = Family({LTXVideoAttnProcessor: LTXVideoSparseAttnProcessor}, _layers, _grid, lead=_lead)
+def _split(transformer: torch.nn.Module) -> dict:
+    """As the class's own plan, but that every process keeps the whole prompt (split, its mask no
+    longer fits the heads), and that the timesteps of image to video, one a token, are split too."""
+    rope = ContextParallelInput(1, 3, split_output=True)
+    return {
+        "": {"hidden_states": ContextParallelInput(1, 3), "timestep": ContextParallelInput(1, 2)},
+        "rope": {0: rope, 1: rope},
+        "proj_out": ContextParallelOutput(1, 3),
+    }
+
+
+FAMILY = Family(
+    {LTXVideoAttnProcessor: LTXVideoSparseAttnProcessor},
+    _layers,
+    _grid,
+    lead=_lead,
+    parallel=Parallel(plan=_split),
+)
 
 
 class LTXPipeline(SparsePipelineMixin, diffusers.LTXPipeline):

@@ -21,6 +21,7 @@ class SparseAttnProcessor:
     dispatcher, and `keys` where its mask is no mask of keys.
     """
 
+    # diffusers sets both. The run, and not the dispatcher, exchanges tokens between GPUs.
     _attention_backend = None
     _parallel_config = None
 
@@ -51,7 +52,6 @@ class SparseAttnProcessor:
             value,
             attn_mask=mask,
             backend=self._attention_backend,
-            parallel_config=self._parallel_config,
         )
 
     def sparse(

@@ -13,7 +13,7 @@ from vdit_sparse.grid import Grid
 from vdit_sparse.method import SparseAttention
 from vdit_sparse.methods import RadialAttention
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
-from vdit_sparse.pipelines.families import Arguments, Family
+from vdit_sparse.pipelines.families import Arguments, Family, Parallel
 from vdit_sparse.pipelines.images import refuses_images
 from vdit_sparse.pipelines.processor import SparseAttnProcessor
 from vdit_sparse.pipelines.projections import TEXT, VIDEO, Triple, joined, normalise
@@ -102,6 +102,7 @@ FAMILY = Family(
     _grid,
     lead=_lead,
     refuses=_refuses,
+    parallel=Parallel(joint=True),
 )
 
 

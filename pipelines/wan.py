@@ -13,7 +13,7 @@ from vdit_sparse.methods import (
     SparseVDiTAttention,
 )
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
-from vdit_sparse.pipelines.families import Family
+from vdit_sparse.pipelines.families import Family, Parallel
 from vdit_sparse.pipelines.wan_attention import WanSparseAttnProcessor, latent_grid
 
 
@@ -76,7 +76,13 @@ PRESETS = {
     "rettention-mini": RettentionAttention(density=0.1, block=64, dense_steps=4, refresh=4),
 }
 
-FAMILY = Family({WanAttnProcessor: WanSparseAttnProcessor}, _layers, latent_grid, presets=PRESETS)
+FAMILY = Family(
+    {WanAttnProcessor: WanSparseAttnProcessor},
+    _layers,
+    latent_grid,
+    presets=PRESETS,
+    parallel=Parallel(),
+)
 
 
 class WanPipeline(SparsePipelineMixin, diffusers.WanPipeline):
