@@ -110,6 +110,15 @@ DenseBackend = Annotated[
     str | None,
     _option(MACHINE, "native, _native_cudnn, flash, _flash_3, xformers or sage."),
 ]
+Check = Annotated[
+    str,
+    _option(
+        METHOD,
+        "What to do where a layer's first sparse call is far from exact attention: warn, strict "
+        "(stop) or off (do not look).",
+        metavar="warn|strict|off",
+    ),
+]
 Out = Annotated[str, _option(FILES, "Folder for the results.", metavar="DIR")]
 Overwrite = Annotated[bool, _option(FILES, "Replace the results in --out.", "--overwrite")]
 Calibrated = Annotated[str, _option(METHOD, "paro or sparse-vdit.", "--method")]
@@ -132,6 +141,7 @@ def generate(
     set_: Set = None,
     preset: Preset = None,
     compare: Compare = None,
+    check: Check = "warn",
     model: Model = None,
     lora: Lora = None,
     negative_prompt: Negative = None,

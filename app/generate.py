@@ -89,7 +89,7 @@ class _Session:
         warmup_steps = warm_up(self.pipe, choice.method, {**self.inputs, **small})
         self.progress(f"{name}: warming up", 1, 1)
         on_step(0, self.inputs["num_inference_steps"])
-        clip = run(self.pipe, choice.method, self.inputs, on_step)
+        clip = run(self.pipe, choice.method, self.inputs, on_step, self.request.check)
         reference = next((other for other in self.report.runs if other.reference), None)
         if reference is None:
             return Finished(name, choice, clip, warmup_steps, reference=choice.method is None)
@@ -144,7 +144,7 @@ def _named(runs: Iterable[RunChoice]) -> list[tuple[str, RunChoice]]:
 
 def _facts(pipe, request: Request, settings: dict) -> dict:
     options = asdict(request)
-    kept = ("seed", "offload", "compile", "dense_backend", "loras")
+    kept = ("seed", "offload", "compile", "dense_backend", "check", "loras")
     return {
         "command": request.command,
         "prompt": request.prompt,

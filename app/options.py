@@ -24,6 +24,7 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+CHECKS = ("off", "warn", "strict")
 OFFLOADS = ("none", "model", "sequential", "group")
 DENSE_BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3", "xformers", "sage")
 

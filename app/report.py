@@ -81,6 +81,7 @@ def run_facts(run: Finished) -> dict:
         "reference": run.reference,
         "density": clip.density,
         "sparse_density": clip.sparse_density,
+        "largest_first_error": clip.error,
         "attention_calls": clip.attention_calls,
         "backend": clip.backend,
         "reasons": clip.reasons,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vdit_sparse.app.options import (
+    CHECKS,
     DENSE_BACKENDS,
     DTYPES,
     OFFLOADS,
@@ -23,7 +24,8 @@ class Request:
 
     runs: in this order; the first dense one is the reference of the others. model: None for the
     bundled one. size: (height, width) in pixels. image: first frame, for models that take one.
-    loras: (id or path, weight). command: the command line, for the report.
+    loras: (id or path, weight). check: what a look at each layer's first sparse call does, one of
+    `CHECKS`. command: the command line, for the report.
     """
 
     prompt: str
@@ -43,6 +45,7 @@ class Request:
     dtype: str | None = None
     device: str | None = None
     dense_backend: str | None = None
+    check: str = "warn"
     overwrite: bool = False
     command: str | None = None
 
@@ -52,17 +55,19 @@ def parse_request(words: Mapping) -> Request:
 
     Raises InputError for a word that means nothing.
     """
+    words = {"check": "warn", **words}  # not every command has it
     for option, choices in (
         ("offload", OFFLOADS),
         ("dtype", DTYPES),
         ("dense_backend", DENSE_BACKENDS),
+        ("check", CHECKS),
     ):
         if words[option] is not None:
             parse_choice(f"--{option.replace('_', '-')}", words[option], choices)
     chosen = parse_run(words["method"], words["set_"] or (), words["preset"])
     compared = [parse_compare(text) for text in words["compare"] or ()]
     same = "prompt negative_prompt guidance_scale steps seed num_frames model offload compile dtype"
-    same += " device dense_backend overwrite command"
+    same += " device dense_backend check overwrite command"
     return Request(
         **{name: words[name] for name in same.split()},
         runs=(chosen, *compared),

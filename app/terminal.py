@@ -48,13 +48,13 @@ def errors(debug: bool, interrupted: str = "Interrupted.") -> Iterator[None]:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """The libraries' warnings are dropped; ours about calibrations are one line each."""
+    """The libraries' warnings are dropped; ours are one line each."""
     names = ("diffusers", "transformers", "huggingface_hub", "accelerate", "torch")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _show_calibration_warnings()
+        _show_our_warnings()
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         try:
@@ -64,8 +64,9 @@ def _without_warnings() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _show_calibration_warnings() -> None:
+def _show_our_warnings() -> None:
     from vdit_sparse.calibration import CalibrationWarning
+    from vdit_sparse.pipelines.spot_check import AttentionWarning
 
     shown = set()
 
@@ -75,7 +76,8 @@ def _show_calibration_warnings() -> None:
             # Progress bars put their own writer in the place of this one.
             sys.stderr.write(f"Warning: {' '.join(str(message).split())}\n")
 
-    warnings.simplefilter("always", CalibrationWarning)
+    for ours in (CalibrationWarning, AttentionWarning):
+        warnings.simplefilter("always", ours)
     warnings.showwarning = show
 
 

@@ -28,7 +28,7 @@ class Clip:
     denoise_seconds: from the first call of the transformer to the end of the last step.
     decode_seconds: the rest; None where the pipeline does not say when its last step ended.
     density: mean share of key blocks over all self-attention calls; sparse_density: over the sparse
-        ones, None if there were none. backend, reasons: as in `Summary`.
+        ones, None if there were none. backend, reasons, error: as in `Summary`.
     peak_memory_bytes: highest in the run; on CUDA what torch allocated, else of the whole process.
     """
 
@@ -39,30 +39,38 @@ class Clip:
     density: float
     sparse_density: float | None = None
     attention_calls: int | None = None
+    error: float | None = None
     backend: str | None = None
     reasons: dict[str, str | None] = field(default_factory=dict)
 
 
-def use(pipe, method: SparseAttention | None) -> None:
-    """Puts a method into the pipeline; None is diffusers' own attention, with nothing of ours."""
+def use(pipe, method: SparseAttention | None, check: str = "off") -> None:
+    """Puts a method into the pipeline; None is diffusers' own attention, with nothing of ours.
+
+    check: "warn" or "strict" compares each layer's first sparse call with exact attention, and
+        warns or raises where it is far off (`attach.apply`).
+    """
     from vdit_sparse.pipelines.attach import apply, remove
 
     if method is None:
         remove(pipe)
     else:
-        apply(pipe, method)
+        apply(pipe, method, check=check != "off", strict=check == "strict")
 
 
-def run(pipe, method: SparseAttention | None, inputs: dict, on_step: OnStep) -> Clip:
+def run(
+    pipe, method: SparseAttention | None, inputs: dict, on_step: OnStep, check: str = "off"
+) -> Clip:
     """Runs the pipeline once with a method, None for stock attention.
 
     inputs: arguments of its call without generator and callbacks, plus `seed`: every run of the
         same seed starts from the same noise, whatever the device.
     on_step: called as (steps done, steps) after each step.
+    check: as in `use`; the looks are in the seconds, one a layer.
 
     Raises RuntimeError if the frames hold NaN.
     """
-    use(pipe, method)
+    use(pipe, method, check)
     device = execution_device(pipe)
     _forget_peak(device)
     frames, clock = timed_call(pipe, inputs, on_step)
@@ -192,6 +200,7 @@ def _attention(pipe, method: SparseAttention | None) -> dict:
         "density": said.density,
         "sparse_density": said.sparse_density,
         "attention_calls": said.calls,
+        "error": said.error,
         "backend": said.backend,
         "reasons": dict(said.reasons),
     }

@@ -14,6 +14,7 @@ from vdit_sparse.app.checks import smallest_size
 from vdit_sparse.app.options import parse_run
 from vdit_sparse.eval.denoise import run, warm_up
 from vdit_sparse.kernels.block_sparse import BACKENDS
+from vdit_sparse.pipelines.spot_check import SpotCheck
 
 WORDS = ["--prompt", "a cat runs", "--negative-prompt", "bad", "--device", "cpu"]
 SMALL = ["--size", "128x128", "--num-frames", 17, "--steps", 3]
@@ -54,11 +55,26 @@ def test_runs_are_compared_and_reported(cli, tiny_model, tmp_path):
     assert radial["density"] == pytest.approx((1 + 2 * radial["sparse_density"]) / 3)
     assert radial["backend"] == "gather" and set(radial["reasons"]) == set(BACKENDS)
     assert 10 < radial["psnr"] < 100 and radial["ssim"] < 1
+    assert 0 < radial["largest_first_error"] < 1 and dense["largest_first_error"] is None
     assert radial["speedup"] == pytest.approx(dense["denoise_seconds"] / radial["denoise_seconds"])
     for one in report["runs"]:
         assert one["denoise_seconds"] > 0 and one["decode_seconds"] > 0
         assert one["peak_memory_bytes"] > 1e6
     assert [one["warmup_steps"] for one in report["runs"]] == [1, 1, 2]
+
+
+def test_a_layer_far_from_exact_attention_is_told_of(cli, tiny_model, tmp_path, monkeypatch):
+    strict, _, *others = SpotCheck.__init__.__defaults__
+    monkeypatch.setattr(SpotCheck.__init__, "__defaults__", (strict, 1e-6, *others))
+    words = [*WORDS, *SMALL, *RADIAL, "--steps", 2, "--model", tiny_model, "--overwrite"]
+    words += ["--out", tmp_path]
+    warned = cli("generate", *words)
+    assert warned.exit_code == 0 and "Warning:" in warned.stderr and "blocks.0" in warned.stderr
+    stopped = cli("generate", *words, "--check", "strict")
+    assert stopped.exit_code == 1 and "blocks.0" in stopped.stderr
+    quiet = cli("generate", *words, "--check", "off")
+    assert quiet.exit_code == 0 and "Warning" not in quiet.stderr
+    assert cli("generate", *words, "--check", "maybe").exit_code == 2
 
 
 def test_a_full_folder_is_left_alone_unless_told(cli, tiny_model, tmp_path):
@@ -79,10 +95,10 @@ def test_a_full_folder_is_left_alone_unless_told(cli, tiny_model, tmp_path):
 def test_a_later_failure_keeps_the_finished_runs(
     cli, tiny_model, tmp_path, monkeypatch, error, status
 ):
-    def breaks(pipe, method, inputs, on_step):
+    def breaks(pipe, method, inputs, on_step, check):
         if method is not None:
             raise error("the GPU is on fire")
-        return run(pipe, method, inputs, on_step)
+        return run(pipe, method, inputs, on_step, check)
 
     monkeypatch.setattr(generate, "run", breaks)
     words = [*WORDS, "--size", "32x32", "--num-frames", 5, "--steps", 1, "--model", tiny_model]
