@@ -1,7 +1,6 @@
 """A request's model, loaded as the request says, and the arguments of its call."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
@@ -19,6 +18,7 @@ def load(request: Request):
     Raises InputError for a model, LoRA or backend that cannot be had, or does not fit the request.
     """
     from vdit_sparse.pipelines.load import default_dtype, load_pipeline
+    from vdit_sparse.pipelines.memory import place
 
     device = check_device(request.device)
     dtype = DTYPES[request.dtype] if request.dtype else default_dtype(device)
@@ -37,7 +37,10 @@ def load(request: Request):
     for model in models:
         if request.dense_backend is not None:
             _set_dense_backend(model, request.dense_backend)
-    _offload(pipe, request.offload, device)
+    try:
+        place(pipe, request.offload, device)
+    except MemoryError as error:
+        raise InputError(str(error).replace("offload=", "--offload ")) from error
     for model in models:
         if request.compile:
             model.compile_repeated_blocks(fullgraph=True)
@@ -85,22 +88,18 @@ def takes_encoded_text(pipe) -> bool:
 
 
 def _is_of_the_source(error: Exception) -> bool:
-    """Whether an error comes from the files or the network, and not from a mistake of ours."""
-    network = type(error).__module__.split(".")[0] in ("httpx", "requests", "huggingface_hub")
-    return network or isinstance(error, OSError | ValueError)
+    """Whether an error comes from the files, the network or the machine, and not from a mistake of
+    ours."""
+    network = type(error).__module__.split(".")[0] in ("httpx", "huggingface_hub")
+    return network or isinstance(error, OSError | ValueError | MemoryError | ImportError)
 
 
 def _load_error(model: str | None, error: Exception) -> str:
-    """One line about a model that could not be loaded."""
-    said = " ".join(str(error).split())[:300] or type(error).__name__
-    if model in BUNDLED or Path(model).exists():
-        return f"Cannot load {model or 'the bundled model'}: {said}"
-    if model.startswith((".", "/", "~")):
-        return f"There is no model folder {model}."
-    return (
-        f"Cannot load {model} from the Hugging Face Hub, and there is no such folder: check the "
-        f"name, your network and `hf auth login` ({type(error).__name__}: {said})"
-    )
+    """One line about a model that could not be loaded. `load_pipeline` says what to do by itself;
+    other errors are told with the model's name."""
+    said = " ".join(str(error).split())[:500] or type(error).__name__
+    name = model if model not in BUNDLED else "the bundled model"
+    return said if name in said or isinstance(error, MemoryError) else f"Cannot load {name}: {said}"
 
 
 def _load_loras(pipe, loras: Sequence[tuple[str, float]]) -> None:
@@ -127,17 +126,3 @@ def _set_dense_backend(model, backend: str) -> None:
         raise InputError(
             f"--dense-backend {backend} does not run here: {said} See `vdit-sparse doctor`."
         ) from error
-
-
-def _offload(pipe, kind: str, device: torch.device) -> None:
-    if kind == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif kind == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    elif kind == "group":
-        pipe.enable_group_offload(
-            onload_device=device,
-            offload_device=torch.device("cpu"),
-            offload_type="leaf_level",
-            use_stream=device.type == "cuda",
-        )

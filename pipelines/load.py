@@ -1,4 +1,4 @@
-"""`load_pipeline`: a hub id, a folder or the bundled model as a pipeline that takes a method."""
+"""`load_pipeline`: hub id, folder, file or the bundled model as a pipeline that takes a method."""
 
 import json
 from importlib import import_module
@@ -7,7 +7,11 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from vdit_sparse.pipelines.families import REFUSED
 from vdit_sparse.pipelines.few_step import load_few_step
+from vdit_sparse.pipelines.memory import check_ram, place
+from vdit_sparse.pipelines.single_file import base_of, transformer_of
+from vdit_sparse.pipelines.sources import INDEX, hub_errors, read_json, source_of
 
 MINI = Path(__file__).parent / "mini"
 # The bundled model in few steps; a folder of this name is "./mini-fast".
@@ -97,32 +101,57 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     image_to_video: bool = False,
+    offload: str = "none",
+    base: str | Path | None = None,
 ) -> DiffusionPipeline:
     """A diffusers pipeline whose `set_attn_processor` takes a sparse attention method.
 
     model: None for the bundled text-to-video model, "mini-fast" for the same in few steps without
-        guidance, a folder, or a hub id.
+        guidance, a folder, a hub id, a short name of docs/models.md such as "wan2.1-t2v-14b", or
+        one file with the weights of a transformer (safetensors in the authors' own format, or GGUF,
+        which stays quantised and needs the package gguf).
     dtype: of all weights; default bf16 on a GPU, and on a CPU that multiplies it natively, else
         fp32. The VAE of large models stays in fp32, as their authors run it.
     device: default the GPU if there is one, else the CPU.
     image_to_video: load a text-to-video checkpoint that also takes images (Wan 2.2 TI2V-5B) as its
         image-to-video pipeline.
+    offload: what waits in RAM: "none", "model", "sequential" or "group" (`memory.place`).
+    base: the folder or hub id that a single file's other parts come from (of two experts, the
+        second one too); default what diffusers recognises in the file.
 
-    Raises FileNotFoundError for a folder without model_index.json and for "mini-fast" where its
-    weights are missing, ValueError for a pipeline class that is not supported (naming those that
-    are) or few-step weights of another transformer, and OSError as the hub client does.
+    Raises, each in one line that says what to do: FileNotFoundError for a model that is not there
+    or not in diffusers' format, PermissionError for a gated one, ConnectionError without a network,
+    MemoryError (naming the `offload` that fits) if the weights do not fit into the RAM or on the
+    GPU, ImportError if GGUF is not installed, ValueError for a pipeline that is not supported
+    (naming those that are) and for a file that fits no model.
     """
     bundled, few_step = model in (None, FEW_STEP), model == FEW_STEP
-    source = MINI if bundled else model
+    source = MINI if bundled else source_of(model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or default_dtype(device)
+    file = source if isinstance(source, Path) and source.is_file() else None
+    if file is not None:
+        source = base_of(file) if base is None else source_of(base)
     cls = _pipeline_class(source, image_to_video)
+    parts = {} if file is None else {"transformer": transformer_of(file, source, dtype)}
     dtypes = dtype if bundled else {"default": dtype, "vae": torch.float32}
-    pipe = cls.from_pretrained(source, dtype=dtypes)
+    pipe = _from_pretrained(cls, source, dtype=dtypes, **parts)
     pipe.generation = {**cls.generation, **_generation(source)}
     if few_step:
         pipe.generation |= load_few_step(pipe, MINI)
-    return pipe.to(device)
+    place(pipe, offload, device)
+    return pipe
+
+
+def _from_pretrained(
+    cls: type[DiffusionPipeline], source: str | Path, **options
+) -> DiffusionPipeline:
+    if isinstance(source, Path):
+        if not options.get("transformer"):
+            check_ram(source)
+        return cls.from_pretrained(str(source), **options)
+    with hub_errors(source):
+        return cls.from_pretrained(source, **options)
 
 
 def defaults(pipe: DiffusionPipeline) -> dict:
@@ -143,15 +172,16 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def _pipeline_class(source: str | Path, image_to_video: bool) -> type[DiffusionPipeline]:
-    if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
-        raise FileNotFoundError(f"{source} is not a diffusers model: it has no model_index.json.")
-    config = DiffusionPipeline.load_config(source)
+    config = read_json(source, INDEX)
     name = config["_class_name"]
     if image_to_video and name in FROM_IMAGE:
         if not config.get("expand_timesteps"):
             raise ValueError(f"{source} makes videos from text only: leave the image out.")
         name = FROM_IMAGE[name]
     if name not in PIPELINES:
+        _, kind = config.get("transformer") or (None, None)
+        if kind in REFUSED:
+            raise ValueError(f"{source} has no sparse attention: {REFUSED[kind]}.")
         raise ValueError(
             f"{source} is a {name}, which is not supported; supported: {', '.join(PIPELINES)}."
         )
