@@ -5,7 +5,7 @@ found.table("recall")                      # [steps, layers, heads]
 found.look(4, 9).maps[0].plan.raster_share()
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,12 +14,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vdit_sparse.call import Call, Note
 from vdit_sparse.eval.calibrate import run_prompt
+from vdit_sparse.eval.denoise import OnStep
 from vdit_sparse.eval.inspect_maps import HeadMap, head_plan, plan_mass, raster_mass, recall
 from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_mask import BLOCK_SIZES, BlockMask
 from vdit_sparse.kernels.block_sparse import block_sparse_attention
 from vdit_sparse.method import Plan, SparseAttention, real_keys
 from vdit_sparse.pipelines.families import DENOISERS, family_of
+from vdit_sparse.pipelines.report import Entry, Summary
 
 # Of maps that are kept, unless the caller says otherwise.
 MOST_BYTES = 2 * 2**30
@@ -201,7 +203,7 @@ def inspect(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     most_bytes: int = MOST_BYTES,
-    on_step: Callable[[int, int], None] = lambda *_: None,
+    on_step: OnStep = lambda *_: None,
     **settings,
 ) -> Inspection:
     """Runs a prompt through a method as far as its latents, and measures it.
@@ -216,28 +218,45 @@ def inspect(
     Stock attention is left behind, also after an error. Raises ValueError for a layer, head or step
     that the run does not have and for maps above `most_bytes`, RuntimeError for NaN.
     """
-    from vdit_sparse.pipelines.attach import apply, remove, summary
-
-    counts = _layers_of(pipe), {**pipe.generation, **settings}.get("num_inference_steps")
     chosen = {"layers": layers, "steps": steps, "heads": heads}
     chosen = {name: None if x is None else tuple(x) for name, x in chosen.items()}
-    for name, count in zip(("layers", "steps"), counts, strict=True):
-        _check(name, chosen[name], count)
+    _check("layers", chosen["layers"], layers_of(pipe))
+    _check("steps", chosen["steps"], {**pipe.generation, **settings}.get("num_inference_steps"))
     inspector = Inspector.around(method, most_bytes=most_bytes, **chosen)
-    try:
-        # Whether the method can run on the model is told by the method itself.
-        apply(pipe, method)
-        apply(pipe, inspector)
-        run_prompt(pipe, prompt, seed, on_step, **settings)
-        ran = summary(pipe)
-    finally:
-        remove(pipe)
-    found = max((len(look.density) for look in inspector.seen), default=0)
-    facts = {"grid": ran.grid, "layers": ran.layers, "heads": found, "steps": ran.steps}
+    ran = _run(pipe, inspector, prompt, seed, on_step, settings)
     looks = tuple(sorted(inspector.seen, key=lambda look: (look.step, look.layer)))
     return Inspection(
-        str(method), prompt, seed, **facts, looks=looks, densities=_by_step(ran.entries)
+        method=str(method),
+        prompt=prompt,
+        seed=seed,
+        grid=ran.grid,
+        layers=ran.layers,
+        heads=max((len(look.density) for look in looks), default=0),
+        steps=ran.steps,
+        looks=looks,
+        densities=_by_step(ran.entries),
     )
+
+
+def layers_of(pipe) -> int:
+    """How many self-attention layers each of the pipeline's transformers has."""
+    model = next(x for name in DENOISERS if (x := getattr(pipe, name, None)) is not None)
+    return len(family_of(model).layers(model))
+
+
+def _run(
+    pipe, inspector: Inspector, prompt: str, seed: int, on_step: OnStep, settings: dict
+) -> Summary:
+    from vdit_sparse.pipelines.attach import apply, remove, summary
+
+    try:
+        # Whether the method can run on the model is told by the method itself.
+        apply(pipe, inspector.method)
+        apply(pipe, inspector)
+        run_prompt(pipe, prompt, seed, on_step, **settings)
+        return summary(pipe)
+    finally:
+        remove(pipe)
 
 
 def _error(out: Tensor, dense: Tensor) -> Tensor:
@@ -246,17 +265,12 @@ def _error(out: Tensor, dense: Tensor) -> Tensor:
     return (out - dense).norm(dim=1) / dense.norm(dim=1)
 
 
-def _by_step(entries) -> dict[int, float]:
+def _by_step(entries: Iterable[Entry]) -> dict[int, float]:
     steps: dict[int, list[float]] = {}
     for entry in entries:
         if entry.density is not None:
             steps.setdefault(entry.step, []).append(entry.density)
     return {step: sum(values) / len(values) for step, values in sorted(steps.items())}
-
-
-def _layers_of(pipe) -> int:
-    model = next(x for name in DENOISERS if (x := getattr(pipe, name, None)) is not None)
-    return len(family_of(model).layers(model))
 
 
 def _holds(chosen: tuple[int, ...] | None, number: int) -> bool:
