@@ -19,10 +19,11 @@ from vdit_sparse.method import SparseAttention
 from vdit_sparse.pipelines.clock import Clock, Schedule
 from vdit_sparse.pipelines.families import DENOISERS, Family, family_of, preset
 from vdit_sparse.pipelines.hook import Run
+from vdit_sparse.pipelines.offload import beneath_offload
 from vdit_sparse.pipelines.processor import SparseAttnProcessor, skipped
 from vdit_sparse.pipelines.report import Summary, settle
 from vdit_sparse.pipelines.spot_check import SpotCheck
-from vdit_sparse.pipelines.ulysses import has_no_stock_split, is_outermost, refusal
+from vdit_sparse.pipelines.ulysses import check_split, has_no_stock_split, is_outermost
 
 HOOK = "vdit_sparse"
 CALIBRATIONS = "calibrations"  # folder of a checkpoint
@@ -192,9 +193,7 @@ def _check(model: torch.nn.Module, method: object) -> None:
     reason = family.refuses(model, method) if family.refuses else None
     if reason:
         raise ValueError(f"{type(method).__name__} cannot run on {type(model).__name__}: {reason}.")
-    reason = refusal(model, family)
-    if reason:
-        raise ValueError(f"No sparse attention for {type(model).__name__} here: {reason}.")
+    check_split(model, family)
     for path, module in family.layers(model).items():
         if not isinstance(module.processor, SparseAttnProcessor):
             _ours(family, path, module.processor)
@@ -230,7 +229,8 @@ def _uninstall(model: torch.nn.Module, run: Run) -> None:
                     setattr(former, name, getattr(ours, name))
             _set_processor(module, former)
     registry = HookRegistry.check_if_exists_or_initialize(model)
-    registry.remove_hook(HOOK, recurse=False)
+    with beneath_offload(model):
+        registry.remove_hook(HOOK, recurse=False)
     registry.invalidate_child_registries_cache()
 
 
@@ -257,7 +257,8 @@ def _install(name: str, model: torch.nn.Module) -> Run:
         # Guiders that skip layers ask what a skipped processor returns.
         AttentionProcessorRegistry.register(type(ours), AttentionProcessorMetadata(skipped))
     registry = HookRegistry.check_if_exists_or_initialize(model)
-    registry.register_hook(run, HOOK)
+    with beneath_offload(model):
+        registry.register_hook(run, HOOK)
     registry.invalidate_child_registries_cache()
     return run
 
