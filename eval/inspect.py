@@ -5,7 +5,7 @@ found.table("recall")                      # [steps, layers, heads]
 found.look(4, 9).maps[0].plan.raster_share()
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,7 +21,7 @@ from vdit_sparse.kernels.block_mask import BLOCK_SIZES, BlockMask
 from vdit_sparse.kernels.block_sparse import block_sparse_attention
 from vdit_sparse.method import Plan, SparseAttention, real_keys
 from vdit_sparse.pipelines.families import DENOISERS, family_of
-from vdit_sparse.pipelines.report import Entry, Summary
+from vdit_sparse.pipelines.report import Summary
 
 # Of maps that are kept, unless the caller says otherwise.
 MOST_BYTES = 2 * 2**30
@@ -225,17 +225,9 @@ def inspect(
     inspector = Inspector.around(method, most_bytes=most_bytes, **chosen)
     ran = _run(pipe, inspector, prompt, seed, on_step, settings)
     looks = tuple(sorted(inspector.seen, key=lambda look: (look.step, look.layer)))
-    return Inspection(
-        method=str(method),
-        prompt=prompt,
-        seed=seed,
-        grid=ran.grid,
-        layers=ran.layers,
-        heads=max((len(look.density) for look in looks), default=0),
-        steps=ran.steps,
-        looks=looks,
-        densities=_by_step(ran.entries),
-    )
+    heads = max((len(look.density) for look in looks), default=0)
+    run = {"grid": ran.grid, "layers": ran.layers, "heads": heads, "steps": ran.steps}
+    return Inspection(str(method), prompt, seed, **run, looks=looks, densities=_by_step(ran))
 
 
 def layers_of(pipe) -> int:
@@ -265,9 +257,9 @@ def _error(out: Tensor, dense: Tensor) -> Tensor:
     return (out - dense).norm(dim=1) / dense.norm(dim=1)
 
 
-def _by_step(entries: Iterable[Entry]) -> dict[int, float]:
+def _by_step(ran: Summary) -> dict[int, float]:
     steps: dict[int, list[float]] = {}
-    for entry in entries:
+    for entry in ran.entries:
         if entry.density is not None:
             steps.setdefault(entry.step, []).append(entry.density)
     return {step: sum(values) / len(values) for step, values in sorted(steps.items())}
