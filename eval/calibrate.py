@@ -152,7 +152,7 @@ def _facts(search: Search, ran: Summary) -> dict:
     return {
         "method": search.method.__name__,
         "fields": asdict(search),
-        "grid": ran.grid,
+        "grid": replace(ran.grid, text=0),
         "layers": ran.layers,
         "steps": ran.steps,
         "versions": _versions(),

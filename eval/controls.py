@@ -61,7 +61,8 @@ class OracleBlocks(Control):
     def score(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         call.note.searched = True
         everything = BlockMask.full(call.grid.tokens, block=self.block, device=q.device)
-        _, lse = block_sparse_attention(q, k, k, everything, backend=self.backend)
+        how = {"kv_len": call.kv_len, "backend": self.backend}
+        _, lse = block_sparse_attention(q, k, k, everything, **how)
         return block_mass(q, k, lse, self.block)
 
 

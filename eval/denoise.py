@@ -107,7 +107,8 @@ def warm_up(pipe, method: SparseAttention | None, inputs: dict) -> int:
 
 def latents(pipe, inputs: dict) -> Tensor:
     """One call as far as its latents, with the method that the pipeline has."""
-    return pipe(**{**_call_arguments(inputs), "output_type": "latent"}).frames
+    arguments = {**_call_arguments(inputs), "output_type": "latent", "return_dict": False}
+    return pipe(**arguments)[0]
 
 
 def execution_device(pipe) -> torch.device:

@@ -7,14 +7,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vdit_sparse.call import Call
-from vdit_sparse.method import Plan, SparseAttention
+from vdit_sparse.method import Plan, SparseAttention, real_keys
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(SparseAttention):
     """Runs a method and also dense attention, whose output it only measures against.
 
-    errors: |out - dense| / |dense| (L2 over everything) of each sparse call, 0-dim tensors.
+    errors: |out - dense| / |dense| (L2 over all rows but padding) of each sparse call, 0-dim
+        tensors.
     """
 
     method: SparseAttention
@@ -31,8 +32,10 @@ class Probe(SparseAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         out = self.method.attend(q, k, v, call)
-        dense = scaled_dot_product_attention(q, k, v).float()
-        self.errors.append((out.float() - dense).norm() / dense.norm())
+        real = real_keys(call.kv_len, k)
+        dense = scaled_dot_product_attention(q, k, v, real).float()
+        rows = 1 if real is None else real.mT
+        self.errors.append(((out.float() - dense) * rows).norm() / (dense * rows).norm())
         return out
 
     def mean_error(self) -> float | None:

@@ -9,9 +9,7 @@ from diffusers.models.attention_processor import (
 )
 from torch import Tensor
 
-from vdit_sparse.calibration import CalibratedAttention
 from vdit_sparse.grid import Grid
-from vdit_sparse.method import SparseAttention
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
 from vdit_sparse.pipelines.families import Arguments, Family
 from vdit_sparse.pipelines.images import refuses_images
@@ -63,12 +61,6 @@ def _layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return layers
 
 
-def _refuses(transformer: torch.nn.Module, method: SparseAttention) -> str | None:
-    if transformer.config.dual_attention_layers and isinstance(method, CalibratedAttention):
-        return "its calibration is for one sequence, and the second attention here has no text"
-    return refuses_images(transformer, method)
-
-
 FAMILY = Family(
     {
         JointAttnProcessor2_0: StableDiffusion3SparseAttnProcessor,
@@ -76,7 +68,7 @@ FAMILY = Family(
     },
     _layers,
     _grid,
-    refuses=_refuses,
+    refuses=refuses_images,
 )
 
 

@@ -191,12 +191,12 @@ def test_all_wrong_entries_are_named(tmp_path):
 
 def test_every_difference_is_named(tmp_path):
     found = made(tmp_path / "x.safetensors")
-    other = call_of(grid=Grid(3, 4, 5, 7), layers=3, origin=replace(ORIGIN, config="ffff"))
+    other = call_of(grid=Grid(3, 5, 4, 6), layers=3, origin=replace(ORIGIN, config="ffff"))
     with pytest.raises(ValueError) as caught:
         found.check("Elsewhere", other)
     for part in (
         "method of the file Planted, of this run Elsewhere",
-        f"grid of the file {Grid(3, 4, 5, 6)}, of this run {Grid(3, 4, 5, 7)}",
+        f"grid of the file {Grid(3, 4, 5)}, of this run {Grid(3, 5, 4)}",
         "layers of the file 2, of this run 3",
         "model configuration of the file a1b2, of this run ffff",
     ):
@@ -215,6 +215,14 @@ def test_doubtful_differences_warn(tmp_path):
         "number of steps of the file 5, of this run 9",
     ):
         assert part in str(warning.message)
+
+
+@pytest.mark.parametrize("text", [0, 6, 1000])
+def test_text_of_another_length_is_no_difference(tmp_path, text):
+    found = made(tmp_path / "x.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found.check("Planted", call_of(grid=Grid(3, 4, 5, text)))
 
 
 @pytest.mark.parametrize("file", [ORIGIN, Origin()], ids=["file knows", "file does not"])
@@ -274,12 +282,12 @@ def test_a_folder_is_searched_by_method_and_grid(tmp_path):
     ):
         call = call_of(origin=replace(ORIGIN, calibrations=str(tmp_path)))
         assert Path(method.calibrated(call).path).name == "b.safetensors"
-        call = replace(call, grid=Grid(1, 4, 5, 6), memory={})
+        call = replace(call, grid=Grid(1, 4, 5, 9), memory={})
         assert Path(method.calibrated(call).path).name == "c.safetensors"
     with pytest.raises(ValueError) as caught:
         Planted(calibration=str(tmp_path)).calibrated(call_of(grid=Grid(9, 9, 9)))
-    assert "of Planted for the token grid [9, 9, 9, 0]" in str(caught.value)
-    assert "[1, 4, 5, 6], [3, 4, 5, 6]" in str(caught.value)
+    assert "of Planted for the token grid [9, 9, 9]" in str(caught.value)
+    assert "[1, 4, 5], [3, 4, 5]" in str(caught.value)
 
 
 def test_of_several_in_a_folder_the_nearest_is_taken(tmp_path):

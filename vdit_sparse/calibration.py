@@ -1,6 +1,6 @@
-"""Calibration files: what an offline search found for one model, grid and number of steps.
-
-A file is safetensors with a JSON header; nothing is unpickled. Tensors are "<expert>.<name>".
+"""Calibration files: what an offline search found for one model, size and number of steps, with
+text of any length. A file is safetensors with a JSON header; nothing is unpickled. Tensors are
+"<expert>.<name>".
 """
 
 import json
@@ -8,7 +8,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -43,8 +43,9 @@ class Calibration:
     """A calibration file in memory.
 
     method: class name of the method; fields: of its search; origin: the model that was searched;
-    grid, layers, steps: of the searched runs; prompts, seeds: what was generated; versions: of the
-    packages that did it (None: not there); tensors: what was found, on the CPU.
+    grid, layers, steps: of the searched runs, the grid as video alone (the text in some files of
+    earlier versions only says how large their masks are); prompts, seeds: what was generated;
+    versions: of the packages that did it (None: not there); tensors: what was found, on the CPU.
     """
 
     path: str
@@ -80,12 +81,12 @@ class Calibration:
         return round(share * (self.steps - 1))
 
     def check(self, method: str, call: Call) -> None:
-        """Raises ValueError if this file is for another method, grid or configuration than those
-        of `call`; warns (`CalibrationWarning`) if only model, scheduler or steps differ."""
-        origin = call.origin
+        """Raises ValueError if this file is for another method, video size or configuration than
+        those of `call`; warns (`CalibrationWarning`) if only model, scheduler or steps differ."""
+        origin, mine, run = call.origin, *(replace(x.grid, text=0) for x in (self, call))
         wrong = _differences(
             ("method", self.method, method),
-            ("grid", self.grid, call.grid),
+            ("grid", mine, run),
             ("layers", self.layers, call.layers),
             ("model configuration", self.origin.config, origin.config),
         )
@@ -115,7 +116,7 @@ class CalibrationWarning(UserWarning):
 class CalibratedAttention(SparseAttention):
     """Base of the methods that need a calibration file.
 
-    calibration: the file, or a folder of files of which that for the method and the grid is taken
+    calibration: the file, or a folder of files of which that for the method and video size is taken
         (of several, that for the model's configuration, then for the number of steps; what is still
         open raises); None: those that come with the checkpoint, in its folder `calibrations`.
     block: None for the file's; another one than the file's raises.
@@ -264,24 +265,23 @@ def _header(path: Path, changed: int) -> dict:
 
 
 def _choose(source: str, method: str, call: Call) -> Path:
-    """`source` itself, or of a folder the file for this method and grid."""
-    path, grid = Path(source), call.grid
+    """`source` itself, or of a folder the file for this method and video size."""
+    path = Path(source)
     if not path.is_dir():
         return path
     headers = {file: _header(file, _changed(file)) for file in sorted(path.glob("*.safetensors"))}
     mine = {file: header for file, header in headers.items() if header["method"] == method}
-    wanted = [grid.frames, grid.height, grid.width, grid.text]
-    fitting = {file: header for file, header in mine.items() if header["grid"] == wanted}
+    wanted = [call.grid.frames, call.grid.height, call.grid.width]
+    fitting = {file: h for file, h in mine.items() if h["grid"][:3] == wanted}
     if not fitting:
-        there = ", ".join(sorted({str(header["grid"]) for header in mine.values()})) or "none"
+        there = ", ".join(sorted({str(header["grid"][:3]) for header in mine.values()})) or "none"
         raise ValueError(
             f"{source} has no calibration of {method} for the token grid {wanted} (it has "
             f"{there}): make one with `vdit-sparse calibrate`, or use a size that it has."
         )
     own = {file: h for file, h in fitting.items() if h["origin"]["config"] == call.origin.config}
     fitting = own or fitting
-    own = {file: header for file, header in fitting.items() if header["steps"] == call.steps}
-    fitting = list(own or fitting)
+    fitting = [f for f, h in fitting.items() if h["steps"] == call.steps] or list(fitting)
     if len(fitting) > 1:
         raise ValueError(
             f"{source} has {len(fitting)} calibrations of {method} for the token grid {wanted}: "

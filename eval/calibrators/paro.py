@@ -1,6 +1,6 @@
 """The search behind PAROAttention: an axis order for each head, masks for each bin of steps."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -177,10 +177,11 @@ class PARORecorder(SparseAttention):
         """Dense attention of q, k, v `[B, H, S, D]`, whose map is recorded.
 
         Raises ValueError for a video of less than one block, runs of unknown or different lengths,
-        different grids, and a layer that only the second pass sees.
+        videos of different sizes, and a layer that only the second pass sees.
         """
         sums, plan = self._sums(call), self.plan(q, k, call)
-        out, lse = execute(q, k, v, plan, precision=self.precision, backend=self.backend)
+        how = {"precision": self.precision, "backend": self.backend}
+        out, lse = execute(q, k, v, plan, kv_len=call.kv_len, **how)
         call.note.density = 1.0
         if self.record.number == 1:
             call.note.searched = True
@@ -212,7 +213,7 @@ class PARORecorder(SparseAttention):
         }
 
     def _sums(self, call: Call) -> LayerSums:
-        run = call.grid, call.layers, call.steps
+        run = replace(call.grid, text=0), call.layers, call.steps
         if call.steps is None:
             raise ValueError(
                 "Calibration needs the number of denoising steps, which a bare transformer does "

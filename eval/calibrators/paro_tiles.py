@@ -22,7 +22,7 @@ LEVELS = 1 << 15
 class LayerSums:
     """What one layer of one expert has shown.
 
-    run: (grid, layers, steps) of the recorded runs.
+    run: (grid without text, layers, steps) of the recorded runs.
     seen: the steps recorded in this pass.
     metrics: fp64 `[3, orders, H]`, sums over `measured` calls of the share of empty tiles, the
         incoherence, and the share of the probability in the heaviest tenth of the tiles, all over

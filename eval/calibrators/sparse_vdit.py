@@ -4,8 +4,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,15 @@ from torch import Tensor
 
 from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_mass import block_mass
-from vdit_sparse.method import Call, Plan, SparseAttention, check_choice, check_number, execute
+from vdit_sparse.method import (
+    Call,
+    Plan,
+    SparseAttention,
+    check_choice,
+    check_number,
+    execute,
+    real_keys,
+)
 from vdit_sparse.methods.sparse_vdit import (
     FULL,
     MODES,
@@ -56,8 +64,8 @@ class SparseVDiTSearch(Patterns):
 
     Searched stripes, which the paper leaves open, are for each layer and head the key blocks with
     most attention mass from all video queries, summed over all steps, samples and branches; during
-    the search, summed so far. The other fields are those of `Patterns`. Raises ValueError for a
-    field out of range.
+    the search, summed so far. There are as many as the longest text leaves of `density`. The other
+    fields are those of `Patterns`. Raises ValueError for a field out of range.
     """
 
     method: ClassVar[type[SparseAttention]] = SparseVDiTAttention
@@ -110,21 +118,22 @@ class SparseVDiTSearch(Patterns):
 @dataclass(eq=False)
 class Record:
     """What a recorder has seen: sums of losses `[H, 4]` and how many by (expert, step, layer), mass
-    of key blocks `[H, nk]` by (expert, layer); milliseconds, costs and densities `[5]` by shape."""
+    of the video's key blocks `[H, nk]` and the grid of the longest text by (expert, layer);
+    milliseconds, costs and densities `[5]` by shape; (grid without text, layers, steps)."""
 
     losses: dict[tuple[str, int, int], tuple[Tensor, int]] = field(default_factory=dict)
-    mass: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    mass: dict[tuple[str, int], tuple[Tensor, Grid]] = field(default_factory=dict)
     costs: dict[tuple, tuple[Tensor | None, Tensor, Tensor]] = field(default_factory=dict)
     run: tuple[Grid, int, int] | None = None
 
     def check(self, call: Call) -> None:
-        """Raises ValueError if a call is of another grid or number of steps than the first."""
+        """Raises ValueError if a call has another video size or number of steps than the first."""
         if call.steps is None:
             raise ValueError(
                 "A calibration needs the number of denoising steps, which a bare transformer does "
                 "not know: use vdit_sparse.apply on the pipeline."
             )
-        run = (call.grid, call.layers, call.steps)
+        run = (replace(call.grid, text=0), call.layers, call.steps)
         if self.run not in (None, run):
             raise ValueError(
                 f"All samples of a calibration need one grid, number of layers and of steps; the "
@@ -150,15 +159,17 @@ class SparseVDiTRecorder(SparseAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """The output of the modes that this call's own losses choose."""
         self.record.check(call)
-        dense, lse = self._run(q, k, v, self.plan(q, k, call))
+        how = {"kv_len": call.kv_len, "precision": self.precision, "backend": self.backend}
+        run = partial(execute, q, k, v, **how)
+        dense, lse = run(self.plan(q, k, call))
         plans = self._plans(self._columns(q, k, lse, call), call.grid, q.device)
-        outs = [self._run(q, k, v, plan)[0] for plan in plans[1:]]
-        costs = self._costs((q, k, v), plans, call)
-        losses = _errors(dense, outs, self.search.loss)
+        outs = [run(plan)[0] for plan in plans[1:]]
+        costs = self._costs(run, plans, q, call.grid)
+        losses = _errors(dense, outs, self.search.loss, call.kv_len)
         losses += self.search.penalty * costs[1:].to(q.device)
         place = (call.origin.expert, call.step, call.layer)
         total, count = self.record.losses.get(place, (0, 0))
-        self.record.losses[place] = (total + losses, count + 1)
+        self.record.losses[place] = total + losses, count + 1
         call.note.density, call.note.searched = 1.0, True
         modes = self.search.decide(losses, costs)
         for mode, out in enumerate(outs, 1):
@@ -184,7 +195,7 @@ class SparseVDiTRecorder(SparseAttention):
         return found
 
     def _result_of(self, expert: str) -> dict[str, Tensor]:
-        grid, layers, steps = self.record.run
+        _, layers, steps = self.record.run
         means = {
             (step, layer): (total / count).cpu()
             for (name, step, layer), (total, count) in self.record.losses.items()
@@ -198,25 +209,26 @@ class SparseVDiTRecorder(SparseAttention):
         modes = self.search.settle(losses, costs, densities).masked_fill(losses.isnan().any(-1), -1)
         found = {"modes": modes.to(torch.int8), "losses": losses}
         if self.search.stripes == "searched":
-            mass = torch.stack([self.record.mass[expert, layer] for layer in range(layers)])
-            found["stripes"] = _top_columns(mass, grid, self.search)
+            masses = [self.record.mass[expert, layer] for layer in range(layers)]
+            count = min(stripe_count(grid, self.search) for _, grid in masses)
+            columns = [_top_columns(*each, self.search, count) for each in masses]
+            found["stripes"] = torch.stack(columns)
         if milliseconds is not None:
             found["milliseconds"] = milliseconds
         return found
-
-    def _run(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        return execute(q, k, v, plan, precision=self.precision, backend=self.backend)
 
     def _columns(self, q: Tensor, k: Tensor, lse: Tensor, call: Call) -> Tensor | None:
         """Adds this call's mass to that of its layer; the stripes of all mass so far."""
         if self.search.stripes == "static":
             return None
-        mass = block_mass(q, k, lse, self.search.block)
-        rows = call.grid.video // self.search.block if call.grid.text else mass.shape[2]
-        place = (call.origin.expert, call.layer)
-        total = self.record.mass.get(place, 0) + mass[:, :, :rows].sum((0, 2))
-        self.record.mass[place] = total
-        return _top_columns(total, call.grid, self.search)
+        grid, block, place = call.grid, self.search.block, (call.origin.expert, call.layer)
+        mass = block_mass(q, k, lse, block)
+        rows = grid.video // block if grid.text else mass.shape[2]
+        mass = mass[:, :, :rows, : -(-grid.video // block)].sum((0, 2))
+        total, longest = self.record.mass.get(place, (0, grid))
+        longest = max(longest, grid, key=lambda each: each.text)
+        self.record.mass[place] = total + mass, longest
+        return _top_columns(total + mass, grid, self.search, stripe_count(grid, self.search))
 
     def _plans(self, columns: Tensor | None, grid: Grid, device: torch.device) -> list[Plan]:
         """A plan for each mode with all heads in it."""
@@ -226,14 +238,14 @@ class SparseVDiTRecorder(SparseAttention):
             plans[STRIPE] = Plan(mask)
         return plans
 
-    def _costs(self, qkv: tuple[Tensor, ...], plans: list[Plan], call: Call) -> Tensor:
+    def _costs(self, run: Callable, plans: list[Plan], q: Tensor, grid: Grid) -> Tensor:
         """Cost of each mode beside mode 0, `[5]` on the CPU; found once for each shape."""
-        shape = (call.grid, qkv[0].shape, qkv[0].dtype, qkv[0].device)
+        shape = (grid, q.shape, q.dtype, q.device)
         if shape not in self.record.costs:
             milliseconds = None
             if self.search.cost == "time":
-                runs = [lambda plan=plan: self._run(*qkv, plan) for plan in plans]
-                milliseconds = torch.tensor([_milliseconds(run, shape[-1]) for run in runs])
+                times = [_milliseconds(partial(run, plan), q.device) for plan in plans]
+                milliseconds = torch.tensor(times)
             densities = torch.tensor([plan.mask.density() for plan in plans])
             costs = densities if milliseconds is None else milliseconds / milliseconds[FULL]
             self.record.costs[shape] = (milliseconds, costs, densities)
@@ -249,10 +261,12 @@ def _uniform_plan(mode: int, grid: Grid, patterns: Patterns, device: torch.devic
         return Plan(mask, order_of(modes, grid, device))
 
 
-def _errors(dense: Tensor, outs: list[Tensor], loss: str) -> Tensor:
-    """e of modes 1 to 4, fp32 `[H, 4]`, the mean over batch rows; outs: `[B, H, S, D]` of each."""
+def _errors(dense: Tensor, outs: list[Tensor], loss: str, kv_len: Tensor | None) -> Tensor:
+    """e of modes 1 to 4, fp32 `[H, 4]`, the mean over batch rows; outs: `[B, H, S, D]` of each, of
+    which rows of padding do not count."""
+    rows = 1 if kv_len is None else real_keys(kv_len, dense)[:, :, 0]
     energy, *errors = (
-        torch.linalg.vector_norm(x, dim=(2, 3), dtype=torch.float32).square()
+        (torch.linalg.vector_norm(x, dim=3, dtype=torch.float32).square() * rows).sum(2)
         for x in (dense, *(out - dense for out in outs))
     )
     layer = energy.mean(1, keepdim=True).clamp(min=TINY)
@@ -261,12 +275,12 @@ def _errors(dense: Tensor, outs: list[Tensor], loss: str) -> Tensor:
     return torch.stack([e / s for e, s in zip(errors, scales, strict=True)], -1).mean(0)
 
 
-def _top_columns(mass: Tensor, grid: Grid, patterns: Patterns) -> Tensor:
-    """The key blocks of most mass `[..., nk]` that stripes do not have anyway, int32 `[..., c]`
-    ascending; of equal ones the first."""
-    always = mode_masks(grid, patterns)[STRIPE].all(0).to(mass.device)
+def _top_columns(mass: Tensor, grid: Grid, patterns: Patterns, count: int) -> Tensor:
+    """The `count` key blocks of most mass `[..., nk]` that stripes do not have anyway, int32
+    `[..., count]` ascending; of equal ones the first."""
+    always = mode_masks(grid, patterns)[STRIPE].all(0)[: mass.shape[-1]].to(mass.device)
     ranked = mass.masked_fill(always, -1).argsort(dim=-1, descending=True, stable=True)
-    return ranked[..., : stripe_count(grid, patterns)].sort(-1).values.to(torch.int32)
+    return ranked[..., :count].sort(-1).values.to(torch.int32)
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device) -> float:

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import vdit_sparse
 from tests.tiny_models import WAN_CALL, tiny_wan, wan_transformer
+from tests.tiny_models.catalogue import TINY
 from vdit_sparse.calibration import CalibratedAttention, load
 from vdit_sparse.eval.calibrate import calibrate, density_of, runs_of
 from vdit_sparse.eval.calibrators import CALIBRATORS
@@ -23,6 +24,7 @@ from vdit_sparse.pipelines.hook import SparseAttnProcessor
 SETTINGS = {
     name: value for name, value in WAN_CALL.items() if name not in ("prompt", "output_type")
 }
+OWN_ARGUMENTS = ("prompt", "output_type", "return_dict")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +206,36 @@ def test_what_is_found_runs(device, name, experts, tmp_path):
         method = METHODS[name](calibration=str(out))
         density = density_of(pipe, method, "c", 1, **SETTINGS)
     assert 0 < density <= 1
+
+
+@pytest.mark.parametrize("entry", ["qwen-image", "stable-diffusion-3.5"])
+@pytest.mark.parametrize("name", CALIBRATORS)
+def test_prompts_of_any_length_can_be_searched_and_run(entry, name, tmp_path):
+    tiny = TINY[entry]()
+    settings = {key: tiny.call[key] for key in tiny.call if key not in OWN_ARGUMENTS}
+    search = CALIBRATORS[name](block=64, density=0.5)
+    out, prompts = tmp_path / "x.safetensors", ["a cat", "a white dog runs away"]
+    with torch.no_grad():
+        made = calibrate(tiny.pipe, search, prompts, [0], out=out, **settings)
+        assert made.grid == Grid(1, 16, 24)
+        method = METHODS[name](calibration=str(out))
+        longer = "a white dog runs away over the hills"
+        assert 0 < density_of(tiny.pipe, method, longer, 1, **settings) <= 1
+
+
+@pytest.mark.parametrize("entry", ["hunyuan-video", "mochi"])
+@pytest.mark.parametrize("name", CALIBRATORS)
+def test_a_recorder_goes_on_with_stock_attention_where_text_is_padded(entry, name, tmp_path):
+    tiny = TINY[entry]()
+    dense = {"sparse-vdit": {"epsilon": 0.0, "penalty": 0.0, "cost": "blocks"}, "paro": {}}
+    call = {**tiny.call, **tiny.batch}
+    runs = []
+    for recorder in (None, CALIBRATORS[name](block=64, **dense[name]).recorder()):
+        if recorder:
+            vdit_sparse.apply(tiny.pipe, recorder)
+        with torch.no_grad():
+            runs.append(tiny.pipe(**call, generator=torch.Generator().manual_seed(0))[0])
+    torch.testing.assert_close(runs[1], runs[0], atol=tiny.tolerance, rtol=0)
 
 
 def test_the_density_of_a_run(pipe):

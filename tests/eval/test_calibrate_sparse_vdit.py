@@ -20,7 +20,12 @@ from tests.tiny_models import WAN_CALL, tiny_wan
 from vdit_sparse.calibration import load, save
 from vdit_sparse.eval.calibrators.sparse_vdit import SparseVDiTSearch
 from vdit_sparse.grid import Grid
-from vdit_sparse.methods.sparse_vdit import Patterns, SparseVDiTAttention, mode_masks
+from vdit_sparse.methods.sparse_vdit import (
+    Patterns,
+    SparseVDiTAttention,
+    mode_masks,
+    stripe_count,
+)
 
 BLOCKS = SparseVDiTSearch(block=64, penalty=0.3, epsilon=0.6, cost="blocks")
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -91,6 +96,39 @@ def test_losses_are_errors_of_masked_attention(loss, device):
     expected = torch.stack([energy / layer, error / (energy if loss == "relative" else layer)], -1)
     losses = found["transformer.losses"][0, 0, :, :2]
     torch.testing.assert_close(losses, expected.mean(0).float().cpu(), atol=1e-5, rtol=1e-4)
+
+
+def test_padding_changes_neither_losses_nor_stripes(device):
+    q, k, v = torch.randn(3, 2, 2, 8 * 128 + 40, 16, device=device)
+    search, found = replace(BLOCKS, penalty=0), []
+    for text, padding in ((24, None), (40, 100.0), (40, 0.0)):
+        grid = Grid(8, 8, 16, text)
+        qkv = [x[:, :, : grid.tokens].clone() for x in (q, k, v)]
+        kv_len = None
+        if padding is not None:
+            for x in qkv:
+                x[:, :, -16:] = padding
+            kv_len = torch.full((2,), grid.tokens - 16, dtype=torch.int32, device=device)
+        recorder = search.recorder()
+        recorder(*qkv, replace(call_at(grid, steps=1), kv_len=kv_len))
+        found.append(recorder.result())
+    assert torch.equal(found[1]["transformer.stripes"], found[2]["transformer.stripes"])
+    torch.testing.assert_close(found[1]["transformer.losses"], found[2]["transformer.losses"])
+    # Mode 1 is zero: its loss is the energy of the real rows, the same with and without padding.
+    skipped = [x["transformer.losses"][..., 0] for x in found]
+    torch.testing.assert_close(skipped[0], skipped[1], atol=1e-5, rtol=1e-5)
+
+
+def test_stripes_are_as_many_as_the_longest_text_leaves(device):
+    recorder = BLOCKS.recorder()
+    for text in (70, 5, 20):
+        grid = Grid(8, 8, 16, text)
+        q, k, v = torch.randn(3, 1, 2, grid.tokens, 16, device=device)
+        recorder(q, k, v, call_at(grid, steps=1))
+    stripes = recorder.result()["transformer.stripes"]
+    count = stripe_count(Grid(8, 8, 16, 70), BLOCKS)
+    assert stripes.shape == (1, 2, count) and count < stripe_count(Grid(8, 8, 16), BLOCKS)
+    assert stripes.max() < 16
 
 
 def test_full_heads_do_not_increase_with_epsilon(device):

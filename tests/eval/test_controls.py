@@ -1,5 +1,7 @@
 """The controls of a comparison, the probe, and the table made of its rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -77,6 +79,24 @@ def test_a_probe_passes_the_methods_output_on_and_measures_its_error(device):
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert probes[1].mean_error() == pytest.approx(float((out - dense).norm() / dense.norm()))
     assert probes[0].mean_error() < 1e-5 < 0.1 < probes[1].mean_error()
+
+
+@pytest.mark.parametrize("padding", [0.0, 100.0])
+def test_what_stands_in_the_padding_counts_nothing(padding, device):
+    qkv, real = inputs(device), GRID.tokens - 20
+    qkv[..., real:, :] = padding
+    kv_len = torch.tensor([real, real], dtype=torch.int32, device=device)
+    padded = replace(call_at(), kv_len=kv_len)
+    cut = call_at(grid=replace(GRID, text=GRID.text - 20))
+    probe = Probe.around(RandomBlocks(block=64, density=0.5))
+    alone = Probe.around(RandomBlocks(block=64, density=0.5))
+    probe(*qkv, padded)
+    alone(*qkv[..., :real, :], cut)
+    assert probe.mean_error() == pytest.approx(alone.mean_error(), rel=1e-4)
+    oracle, blocks = OracleBlocks(block=64, density=0.3), real // 64
+    whole = oracle.score(*qkv[:2], padded)[..., :blocks, :blocks]
+    expected = oracle.score(*qkv[:2, ..., :real, :], cut)[..., :blocks, :blocks]
+    torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
 
 
 def row(name, psnr, method="x", **more):

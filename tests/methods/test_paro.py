@@ -110,6 +110,31 @@ def test_text_and_the_end_of_the_video_are_kept_and_no_row_is_empty(grid, tmp_pa
         assert torch.equal(order[grid.video :].cpu(), torch.arange(grid.video, grid.tokens))
 
 
+@pytest.mark.parametrize("searched", [0, 17, 90])
+@pytest.mark.parametrize("text", [0, 5, 17, 70])
+def test_text_may_have_another_length_than_in_the_search(text, searched, tmp_path, device):
+    grid, files = Grid(5, 7, 9, text), Grid(5, 7, 9, searched)
+    found, edge = tensors(files), grid.video // BLOCK
+    method = PAROAttention(calibration=write(tmp_path, found, files))
+    q, k, v = inputs(device, grid)
+    kept = method.plan(q, k, call_at(grid=grid)).mask.keep()[0].cpu()
+    filed = unpack(found["transformer.keep"], -(-files.tokens // BLOCK))[0, 0, :, :edge, :edge]
+    assert torch.equal(kept[:, :edge, :edge], filed)
+    assert kept.shape[-1] == -(-grid.tokens // BLOCK) > edge
+    assert kept[:, edge:].all() and kept[..., edge:].all()
+    assert method(q, k, v, call_at(grid=grid)).isfinite().all()
+
+
+def test_branches_with_text_of_different_lengths_share_no_plan(tmp_path, device):
+    method = PAROAttention(calibration=write(tmp_path, tensors()))
+    plans = []
+    for text in (17, 90, 17):
+        grid = Grid(5, 7, 9, text)
+        plans.append(method.plan(*inputs(device, grid)[:2], call_at(grid=grid)))
+    assert plans[0] is plans[2]
+    assert [plan.order.shape[-1] for plan in plans[:2]] == [332, 405]
+
+
 def test_raster_layers_are_not_reordered(tmp_path, device):
     method = PAROAttention(calibration=write(tmp_path, tensors()))
     q, k, _ = inputs(device)

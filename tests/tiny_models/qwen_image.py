@@ -24,8 +24,7 @@ TEMPLATE = (
     "objects and background:"
 )
 RED = Image.new("RGB", (64, 64), "red")
-# As long as the prompts: a calibration is for one length of text.
-GUIDED = {"negative_prompt": "a bad cat!", "true_cfg_scale": 2.0}
+GUIDED = {"negative_prompt": "bad", "true_cfg_scale": 2.0}
 BATCH = {
     "prompt": ["a cat", "a white dog runs away"],
     "negative_prompt": ["bad", "an ugly dog lies down"],

@@ -16,8 +16,6 @@ from tests.tiny_models.parts import (
 from vdit_sparse.pipelines.stable_diffusion_3 import StableDiffusion3Pipeline
 
 REFUSED = {"radial": "one frame"}
-# The second attention has another length of text, none.
-UNCALIBRATED = dict.fromkeys(("sparse-vdit", "paro"), "second attention here has no text")
 
 
 def text_to_image(**config) -> Tiny:
@@ -50,8 +48,7 @@ def text_to_image(**config) -> Tiny:
     )
     call = {**CALL, "negative_prompt": "bad", "guidance_scale": 5.0, "max_sequence_length": 16}
     call |= {"height": 32, "width": 48}
-    refused = REFUSED | (UNCALIBRATED if config else {})
-    return Tiny(pipe, call, {"height": 26, "width": 34}, refused=refused)
+    return Tiny(pipe, call, {"height": 26, "width": 34}, refused=REFUSED)
 
 
 TINY = {

@@ -35,7 +35,8 @@ class PAROAttention(CalibratedAttention):
 
     The file holds for each expert "order" int8 `[layers, heads]` (index in `AXES`), "bin" int16 or
     int32 `[steps]` (-1: not searched), and "keep" uint8 `[bins, layers, heads, ceil(nb * nb / 8)]`
-    (`pack`), nb blocks a side. Masks do not depend on the prompt, and guidance branches share them.
+    (`pack`), nb blocks of the file's grid a side, of which those of video alone are read. Masks do
+    not depend on the prompt or its length, and guidance branches share them.
 
     calibration, block: see `CalibratedAttention`; the search has `block` 64.
     dense_steps: 0, for the paper sparsifies all steps (the authors' demo keeps early ones dense).
@@ -97,7 +98,7 @@ def _bin(bins: Tensor, step: int) -> int:
 
 def _shared_plan(found: Calibration, number: int, call: Call, q: Tensor) -> Plan:
     """The plan of a bin and layer, the same object for all who hold one."""
-    key = (found, number, call.origin.expert, call.layer, call.heads, q.device)
+    key = (found, number, call.origin.expert, call.layer, call.grid, call.heads, q.device)
     plan = _PLANS.get(key)
     if plan is None:
         # It may outlive the inference mode of whoever asked first.
@@ -109,10 +110,10 @@ def _shared_plan(found: Calibration, number: int, call: Call, q: Tensor) -> Plan
 def _plan(found: Calibration, number: int, call: Call, q: Tensor) -> Plan:
     tensors, block = call.memory["tensors"], found.fields["block"]
     keep = call.heads.own(tensors["keep"][number, call.layer], 0).to(q.device)
-    keep = unpack(keep, -(-call.grid.tokens // block))
     edge = whole_blocks(call.grid, block)
-    keep[..., edge:, :] = True
-    keep[..., edge:] = True
+    keep = unpack(keep, -(-found.grid.tokens // block))[..., :edge, :edge]
+    rest = -(-call.grid.tokens // block) - edge
+    keep = pad(keep, (0, rest, 0, rest), value=True)
     keep |= torch.diag_embed(~keep.any(-1))
     own_axes = call.heads.own(tensors["order"][call.layer], 0)
     names = [AXES[index] for index in own_axes.tolist()]
@@ -126,7 +127,7 @@ def _tensors(found: Calibration, call: Call, heads: int) -> dict[str, Tensor]:
     """What the file holds for this expert, if it has the shapes that it should have."""
     tensors = {name: found.tensor(name, call.origin.expert) for name in ("order", "bin", "keep")}
     order, bins, keep = tensors.values()
-    blocks = -(-call.grid.tokens // found.fields["block"])
+    blocks = -(-found.grid.tokens // found.fields["block"])
     shapes = {
         "order": (found.layers, heads),
         "bin": (found.steps,),

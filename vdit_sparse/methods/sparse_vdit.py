@@ -66,7 +66,8 @@ class SparseVDiTAttention(CalibratedAttention):
     holds the end of the video and the start of the text, whole as rows and columns. SVG's first
     frame is `sink_frames` here; a mode 3 head, which sees its place in every frame, has none.
 
-    The plan is a function of step and layer; a cached one lives on while the modes stay the same.
+    The plan is a function of step, layer and grid, whatever the length of the text was in the
+    search; a cached one lives on while the modes stay the same.
     Geometry comes from the calibration. Raises ValueError as `calibrated` does, and if the
     calibration has another number of heads, no searched step or lacks a field.
     """
