@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from vdit_sparse.call import Call, Note
 from vdit_sparse.eval.calibrate import run_prompt
 from vdit_sparse.eval.denoise import OnStep
-from vdit_sparse.eval.inspect_maps import HeadMap, head_plan, plan_mass, raster_mass, recall
+from vdit_sparse.eval.inspect_maps import HeadMap, head_map, head_plan, plan_mass, recall
 from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_mask import BLOCK_SIZES, BlockMask
 from vdit_sparse.kernels.block_sparse import block_sparse_attention
@@ -172,10 +172,12 @@ class Inspector(SparseAttention):
             own = slice(head, head + 1)
             parts = q[:, own], k[:, own], lse[:, own]
             mine = head_plan(plan or Plan(everything), row, head, tokens if plan else real, real)
-            both = torch.ones(2) if why else torch.stack(recall(plan_mass(*parts, mine), mine.keep))
+            wanted = _holds(self.layers, call.layer) and _holds(self.heads, head)
+            mass = plan_mass(*parts, mine) if wanted or not why else None
+            both = torch.ones(2) if why else torch.stack(recall(mass, mine.keep))
             values.append((mine.density, *both.tolist()))
-            if _holds(self.layers, call.layer) and _holds(self.heads, head):
-                maps[head] = HeadMap(mine.to_cpu(), raster_mass(*parts, mine.blocks))
+            if wanted:
+                maps[head] = head_map(*parts, mine, mass)
                 self._check_room(maps)
         density, kept, best = torch.tensor(values).T.contiguous()
         grid = replace(call.grid, text=real - call.grid.video)
@@ -210,8 +212,8 @@ def inspect(
 
     steps: which to measure, None for all; layers, heads: whose maps to keep, None for all. All
         layers and heads of a measured step get their numbers.
-    most_bytes: of maps, in host memory. A map of a sequence of n blocks takes 3 n^2 bytes and the
-        token order: 29 kB for the bundled model, 4.5 MB for Wan 2.1 at 720p (blocks of 64).
+    most_bytes: of maps, in host memory. The map of a sequence of n blocks takes 3 n^2 bytes, 5 n^2
+        under a token order: 7 kB of the bundled model, 4 MB of Wan 2.1 at 720p (blocks of 64).
     on_step: called as (steps done, steps) after each step, and may raise to end the run.
     settings: the other arguments of the pipeline's call, `num_inference_steps` among them.
 
@@ -234,6 +236,12 @@ def layers_of(pipe) -> int:
     """How many self-attention layers each of the pipeline's transformers has."""
     model = next(x for name in DENOISERS if (x := getattr(pipe, name, None)) is not None)
     return len(family_of(model).layers(model))
+
+
+def heads_of(pipe) -> int | None:
+    """How many heads a layer has, None where the layer does not say."""
+    model = next(x for name in DENOISERS if (x := getattr(pipe, name, None)) is not None)
+    return getattr(next(iter(family_of(model).layers(model).values())), "heads", None)
 
 
 def _run(

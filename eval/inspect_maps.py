@@ -77,17 +77,21 @@ class HeadPlan:
 
 @dataclass(frozen=True, eq=False)
 class HeadMap:
-    """plan: what a head visits at one call; mass: fp16 `[NQ, NK]`, on the CPU, the exact attention
-    of the blocks of the sequence itself: the mean over a query block's tokens of the softmax weight
-    that a key block has, so that a row sums to 1."""
+    """What a head visits at one call, and its exact attention, on the CPU.
+
+    mass: fp16 `[NQ, NK]`, of the blocks of the sequence itself, the mean over a query block's
+    tokens of the softmax weight that a key block has, so that a row sums to 1; ordered: the same,
+    `[nq, nk]`, of the blocks of a plan with an order, else None.
+    """
 
     plan: HeadPlan
     mass: Tensor
+    ordered: Tensor | None = None
 
     @property
     def bytes(self) -> int:
         """What it takes in memory."""
-        parts = (self.plan.keep, self.plan.order, self.plan.valid, self.mass)
+        parts = (self.plan.keep, self.plan.order, self.plan.valid, self.mass, self.ordered)
         return sum(x.numel() * x.element_size() for x in parts if x is not None)
 
 
@@ -124,9 +128,14 @@ def plan_mass(q: Tensor, k: Tensor, lse: Tensor, plan: HeadPlan) -> Tensor:
     return block_mass(q, k, lse, plan.blocks, valid=plan.valid)[0, 0]
 
 
-def raster_mass(q: Tensor, k: Tensor, lse: Tensor, blocks: tuple[int, int]) -> Tensor:
-    """`HeadMap.mass` of q, k and lse as `plan_mass` takes them."""
-    mass = block_mass(q, k, lse, blocks)[0, 0]
+def head_map(q: Tensor, k: Tensor, lse: Tensor, plan: HeadPlan, mass: Tensor) -> HeadMap:
+    """The map of a head; mass: what `plan_mass` says of the other arguments."""
+    ordered = None if plan.order is None else _weights(mass)
+    raster = mass if ordered is None else block_mass(q, k, lse, plan.blocks)[0, 0]
+    return HeadMap(plan.to_cpu(), _weights(raster), ordered)
+
+
+def _weights(mass: Tensor) -> Tensor:
     return (mass / mass.sum(1, keepdim=True)).half().cpu()
 
 

@@ -100,6 +100,11 @@ def test_a_call_is_measured_as_token_arithmetic_says(name, padded, device):
         )
         sums = block_means(mine, block) * block_sizes(real, block)
         torch.testing.assert_close(map_.mass.double(), sums, rtol=0, atol=1e-3)
+        assert (map_.ordered is None) == (plan.order is None)
+        if map_.ordered is not None:
+            counts = mine_counts(map_.plan)
+            kept = (map_.ordered.double() * map_.plan.keep.cpu()).sum(1)
+            assert float(kept @ counts) / real == pytest.approx(float(look.recall[head]), abs=1e-3)
         for token in (0, 77, real - 1):
             assert torch.equal(map_.plan.visited(token), keep[token])
         kept = mine.masked_fill(~keep, 0)
@@ -108,6 +113,12 @@ def test_a_call_is_measured_as_token_arithmetic_says(name, padded, device):
         wanted = float((sparse - dense).norm() / dense.norm())
         assert look.error[head] == pytest.approx(wanted, rel=1e-3)
         assert look.recall[head] <= look.best[head] + 1e-6 <= 1 + 1e-5
+
+
+def mine_counts(plan):
+    """Tokens of each block of a plan, fp64."""
+    blocks = range(plan.keep.shape[0])
+    return torch.tensor([len(plan.block_tokens(block)) for block in blocks], dtype=torch.float64)
 
 
 def block_sizes(tokens, size):
