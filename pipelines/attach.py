@@ -220,7 +220,7 @@ def outermost(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _uninstall(model: torch.nn.Module, run: Run) -> None:
-    for path, module in run.family.layers(model).items():
+    for path, module in run.layers.items():
         ours = module.processor
         if isinstance(ours, SparseAttnProcessor) and ours.run == run.number:
             former = run.replaced[path]
@@ -236,7 +236,7 @@ def _uninstall(model: torch.nn.Module, run: Run) -> None:
 
 def _installed(name: str, model: torch.nn.Module) -> Run:
     run = _run_of(model)
-    if run is not None and (run.lost(model) or not is_outermost(run, model)):
+    if run is not None and (run.lost() or not is_outermost(run, model)):
         _uninstall(model, run)
         run = None
     return run or _install(name, model)
@@ -245,7 +245,7 @@ def _installed(name: str, model: torch.nn.Module) -> Run:
 def _install(name: str, model: torch.nn.Module) -> Run:
     family = family_of(model)
     run = Run(name, family, Clock())
-    layers = family.layers(model)
+    layers = run.layers = family.layers(model)
     for layer, (path, module) in enumerate(layers.items()):
         former = run.replaced[path] = module.processor
         ours = _ours(family, path, former)(run.number, layer)

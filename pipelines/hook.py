@@ -25,6 +25,7 @@ from vdit_sparse.pipelines.spot_check import SpotCheck
 from vdit_sparse.pipelines.ulysses import (
     Exchange,
     LocalHeads,
+    check_split,
     exchange_of,
     is_outermost,
     tensor_parallel_group,
@@ -64,6 +65,8 @@ class Run(ModelHook):
         self.watch: Stopwatch | None = None
         self.check: SpotCheck | None = None
         self.processors: list[SparseAttnProcessor] = []
+        # By path, as they were when ours came: cache-dit puts other blocks in for every call.
+        self.layers: dict[str, torch.nn.Module] = {}
         self.replaced: dict[str, object] = {}
         self.number = next(_numbers)
         RUNS[self.number] = self
@@ -105,16 +108,15 @@ class Run(ModelHook):
         self._place = Place(grid, lead, branch, self.clock.step, self.clock.steps, *spread)
         return args, kwargs
 
-    def lost(self, module: torch.nn.Module) -> dict[str, object]:
+    def lost(self) -> dict[str, object]:
         """The processors of the layers that have ours no more, by path."""
-        layers = self.family.layers(module).items()
-        present = {path: layer.processor for path, layer in layers}
+        present = {path: layer.processor for path, layer in self.layers.items()}
         return {
             path: now for path, now in present.items() if getattr(now, "run", None) != self.number
         }
 
     def _check_in_place(self, module: torch.nn.Module) -> None:
-        lost = self.lost(module)
+        lost = self.lost()
         if lost:
             path, now = next(iter(lost.items()))
             raise RuntimeError(
@@ -122,6 +124,7 @@ class Run(ModelHook):
                 f"{path} has a {type(now).__name__} (fuse_qkv_projections, an adapter or "
                 "set_attn_processor does that). Apply the method again, or remove it."
             )
+        check_split(module, self.family)
         if not is_outermost(self, module):
             raise RuntimeError(
                 "enable_parallelism came after the method and hides the whole sequence from it: "
@@ -150,7 +153,8 @@ class Run(ModelHook):
         if self._place is None:
             raise RuntimeError(
                 "A sparse self-attention layer was called outside of its transformer's forward, "
-                "where grid and step are unknown; call the whole transformer."
+                "where grid and step are unknown; call the whole transformer. If something else "
+                "replaced its forward (cache-dit does), that has to come before the method."
             )
         exchange, group = self._place.exchange, self._place.group
         if exchange is not None:

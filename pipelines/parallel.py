@@ -116,7 +116,7 @@ def _need_processes(name: str) -> None:
 
 
 def _enable(model: torch.nn.Module, config: ContextParallelConfig, plan: Mapping) -> None:
-    if torch.accelerator.is_available():
+    if dist.get_backend() != "gloo":
         model.enable_parallelism(config=config, cp_plan=plan)
         return
     # What it does, but that it takes the rank modulo the number of accelerators.

@@ -163,16 +163,20 @@ def _views(flat: Tensor, sizes: list[tuple]) -> list[Tensor]:
     return [x.view(size) for x, size in zip(flat.split(counts), sizes, strict=True)]
 
 
-def refusal(transformer: torch.nn.Module, family: Family) -> str | None:
-    """Why sparse attention cannot run on a transformer as it is spread over GPUs, or None."""
+def check_split(transformer: torch.nn.Module, family: Family) -> None:
+    """Raises ValueError if sparse attention cannot run on a transformer as its tokens are split
+    over GPUs."""
     config = _context_parallel(transformer)
     if config is None:
-        return None
+        return
     if config.ring_degree > 1:
-        return f"{RING}; use ulysses_degree instead of ring_degree={config.ring_degree}"
-    if family.parallel is None:
-        return "its tokens cannot be split over GPUs (there is no plan for it)"
-    return family.parallel.refuses(transformer)
+        reason = f"{RING}; use ulysses_degree instead of ring_degree={config.ring_degree}"
+    elif family.parallel is None:
+        reason = "its tokens cannot be split over GPUs, for there is no plan for it"
+    else:
+        reason = family.parallel.refuses(transformer)
+    if reason:
+        raise ValueError(f"No sparse attention for {type(transformer).__name__} here: {reason}.")
 
 
 def has_no_stock_split(transformer: torch.nn.Module) -> bool:
@@ -186,15 +190,12 @@ def exchange_of(
 ) -> Exchange | None:
     """The exchange of a call, or None where the tokens are in one process.
 
-    Raises ValueError for what `refusal` says, and for a sequence that does not divide among the
-    processes (unless `ulysses_anything`).
+    Raises ValueError for a sequence that does not divide among the processes (unless
+    `ulysses_anything`).
     """
     config = _context_parallel(transformer)
     if config is None:
         return None
-    reason = refusal(transformer, family)
-    if reason:
-        raise ValueError(f"No sparse attention for {type(transformer).__name__} here: {reason}.")
     parts, size = family.parallel.parts(grid, lead), config.ulysses_degree
     odd = [part for part in parts if part % size]
     if odd and not config.ulysses_anything:

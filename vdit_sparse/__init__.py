@@ -37,7 +37,11 @@ _HOMES = {
     "WanPipeline": "vdit_sparse.pipelines.wan",
     "apply": "vdit_sparse.pipelines.attach",
     "block_sparse_attention": "vdit_sparse.kernels.block_sparse",
+    "cfg_parallel": "vdit_sparse.pipelines.parallel",
+    "context_parallel": "vdit_sparse.pipelines.parallel",
+    "context_parallel_plan": "vdit_sparse.pipelines.parallel",
     "load_pipeline": "vdit_sparse.pipelines.load",
+    "parallel_mesh": "vdit_sparse.pipelines.parallel",
     "remove": "vdit_sparse.pipelines.attach",
     "summary": "vdit_sparse.pipelines.attach",
 }
