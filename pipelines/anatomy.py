@@ -78,9 +78,7 @@ def meta_transformer(checkpoint: Checkpoint) -> nn.Module:
         with torch.device("meta"):
             return kind(**config)
     except TypeError as error:
-        raise ValueError(
-            f"diffusers' {checkpoint.transformer} does not take it: {error}."
-        ) from error
+        raise ValueError(f"{checkpoint.transformer} does not take its config: {error}.") from error
 
 
 def anatomy_of(transformer: nn.Module, joint: bool) -> Anatomy:
