@@ -42,6 +42,7 @@ FIXED = {
     "offload": "none",
     "compile": False,
     "dense_backend": None,
+    "check": "warn",
     "overwrite": True,
 }
 # What uploads are called in the command line.

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vdit_sparse.app.checks import check_before_loading
-from vdit_sparse.app.demo import ask, bench, forms, models
+from vdit_sparse.app.demo import ask, bench, forms, looking, models
 from vdit_sparse.app.demo.limits import Studio
 from vdit_sparse.app.demo.runs import Pipelines, VideoWork
 from vdit_sparse.app.demo.store import Store, new_name
@@ -68,7 +68,9 @@ class Desk:
                 title = f"{what} of {form['of']}"
                 work = bench.BenchWork(self.store, what, form["of"], request)
             else:
+                counts = looking.parse_counts(form) if kind == "inspect" else None
                 title, work = self._video(owner, name, form)
+                work = work if counts is None else looking.inspect_work(work, counts)
             return self.worker.submit(Job(owner, name, kind, title, work))
         except InputError:
             self.store.remove(owner, name)

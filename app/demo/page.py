@@ -32,6 +32,7 @@ ENTRIES = (
 # The last input is what the page's own elements say.
 RUNS = "(...given) => { given[given.length - 1] = studio.runs('%s'); return given; }"
 ANSWERED = "(answer) => studio.answer('%s', answer)"
+FAILED = "() => studio.answer('%s', '')"
 METHODS = '<studio-methods kind="{}" most="{}"></studio-methods>'
 NO_COOKIE = "This browser sends no cookies. Allow them here: they say which runs are yours."
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
@@ -52,6 +53,9 @@ def build_page(desk: Desk) -> gr.Blocks:
                     _tab(desk, "generate", "Generate", inputs, METHODS.format("generate", 1))
                 with gr.Tab("Compare", id="compare"):
                     _tab(desk, "compare", "Compare", inputs, METHODS.format("compare", most))
+                with gr.Tab("Look inside", id="inspect"):
+                    own = METHODS.format("inspect", 1)
+                    _tab(desk, "inspect", "Look inside", inputs, own)
                 with gr.Tab("Bench", id="bench"):
                     own = '<studio-bench-form kind="bench"></studio-bench-form>'
                     _tab(desk, "bench", "Measure", [], own)
@@ -163,15 +167,16 @@ def _tab(desk: Desk, kind: str, title: str, inputs: list[Component], own: str) -
             return json.dumps({"error": in_words(error)})
         return json.dumps({"name": job.name})
 
-    start.click(submit, [*inputs, runs], [answer], js=RUNS % kind, queue=False, **QUIET).then(
-        None, [answer], None, js=ANSWERED % kind
-    )
+    sent = start.click(submit, [*inputs, runs], [answer], js=RUNS % kind, queue=False, **QUIET)
+    sent.success(None, [answer], None, js=ANSWERED % kind)
+    sent.failure(None, None, None, js=FAILED % kind)
 
 
 def form_of(values: tuple) -> dict:
     """The form that `ask.read` takes, from the values of the inputs."""
     form = dict(zip(ENTRIES, values, strict=True))
-    form["runs"] = json.loads(form["runs"] or "[]")
+    # The page's own elements give texts, and what else their tab asks for.
+    form |= json.loads(form["runs"])
     form["dtype"] = None if form["dtype"] == AUTO else form["dtype"]
     for name in ("num_frames", "steps", "seed"):
         form[name] = None if form[name] is None else int(form[name])

@@ -64,12 +64,16 @@ class VideoWork:
     model: str | None
 
     def __call__(self, job: Job) -> dict:
+        card = self.make(job)
+        self.store.keep(job.owner, job.name, card)
+        return card
+
+    def make(self, job: Job) -> dict:
+        """The videos and the other files, and the card that says what they are."""
         with watching(self.pipelines, job) as load:
             report = generate(self.request, job.progress, load)
         job.progress("measuring", 0, None)
-        card = self._card(job, report)
-        self.store.keep(job.owner, job.name, card)
-        return card
+        return self._card(job, report)
 
     def _card(self, job: Job, report: Report) -> dict:
         out, names = self.request.out, [finished.name for finished in report.runs]

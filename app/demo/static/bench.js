@@ -24,7 +24,7 @@ class StudioBenchForm extends HTMLElement {
     this.of.replaceChildren(...this.bench[this.what.value].map((name) => studio.h("option", { value: name }, name)));
   }
 
-  runs() {
+  form() {
     const methods = [...this.methods.querySelectorAll("input:checked")].map((box) => box.value);
     return { what: this.what.value, of: this.of.value, density: Number(this.density.value), methods };
   }

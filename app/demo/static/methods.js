@@ -6,7 +6,7 @@ class StudioMethods extends HTMLElement {
     this.most = Number(this.getAttribute("most"));
     this.list = studio.h("div", { class: "st-methods" });
     this.more = studio.h("button", { class: "st-button st-add", onclick: () => this.add() }, "+ Add a method");
-    this.replaceChildren(this.list, this.more);
+    this.replaceChildren(this.list, this.more, this.getAttribute("kind") === "inspect" ? this.maps() : "");
     this.forms = await studio.known();
     this.own = [];
     studio.on("model", (name) => this.fit(name));
@@ -37,10 +37,19 @@ class StudioMethods extends HTMLElement {
     this.list.classList.toggle("st-alone", this.list.children.length < 2);
   }
 
-  // Texts as `--compare` takes them; a comparison has dense attention too.
-  runs() {
+  // Runs as texts that `--compare` takes; a comparison has dense attention too.
+  form() {
     const own = [...(this.list?.children ?? [])].map((one) => one.text());
-    return this.most > 1 ? ["dense", ...own.filter((text) => text !== "dense")] : own;
+    if (this.counts) return { runs: own, maps_steps: Number(this.counts[0].value), maps_layers: Number(this.counts[1].value) };
+    return { runs: this.most > 1 ? ["dense", ...own.filter((text) => text !== "dense")] : own };
+  }
+
+  // Of how many steps and layers Look inside keeps maps.
+  maps() {
+    const { h } = studio;
+    const count = (label, value) => h("select", { "aria-label": label }, [1, 2, 3, 4, 6, 8].map((n) => h("option", { value: String(n), selected: n === value }, String(n))));
+    this.counts = [count("Steps to look at", 3), count("Layers to look at", 4)];
+    return h("div", { class: "st-card st-controls" }, h("label", {}, "maps of", this.counts[0], "steps"), h("label", {}, "and", this.counts[1], "layers, spread over the run; figures of all layers"));
   }
 }
 

@@ -81,8 +81,8 @@ const studio = (() => {
     tell: (name, detail) => bus.dispatchEvent(new CustomEvent(name, { detail })),
     // Called by Gradio's events in page.py.
     model: (name) => studio.tell("model", name),
-    runs: (kind) => JSON.stringify(document.querySelector(`:is(studio-methods, studio-bench-form)[kind="${kind}"]`)?.runs() ?? []),
-    answer: (kind, text) => document.querySelector(`studio-stage[kind="${kind}"]`)?.answer(JSON.parse(text)),
+    runs: (kind) => JSON.stringify(document.querySelector(`:is(studio-methods, studio-bench-form)[kind="${kind}"]`)?.form() ?? {}),
+    answer: (kind, text) => document.querySelector(`studio-stage[kind="${kind}"]`)?.answer(text ? JSON.parse(text) : { error: "The studio could not take this. Its log says why." }),
   };
 })();
 

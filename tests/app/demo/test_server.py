@@ -2,9 +2,12 @@
 
 import base64
 import json
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -134,7 +137,8 @@ def test_the_api(served):
     card, files = seen.result(timeout=120)
     assert [run["density"] for run in card["runs"]][0] == 1.0
     assert {"dense.mp4", "radial.mp4", "report.json"} <= {file.split("/")[-1] for file in files}
-    report = json.loads(open(next(file for file in files if file.endswith("report.json"))).read())
+    (report,) = (Path(file) for file in files if file.endswith("report.json"))
+    report = json.loads(report.read_text())
     assert report["status"] == "finished"
     assert {one["name"] for one in client.predict(api_name="/methods")["methods"]} >= {"radial"}
     with pytest.raises(AppError, match="did you mean 'radial'"):
@@ -225,19 +229,22 @@ def test_a_page_that_leaves_ends_its_run(studio):
         assert job.doing == "stopped, because the page was closed"
 
 
+LEAVES = """
+from gradio_client import Client
+settings = {"model": "tiny", "steps": 100, "num_frames": 81, "size": "128x128"}
+client = Client("ADDRESS", verbose=False)
+client.predict("a cat", ["dense"], settings, api_name="/generate")
+"""
+
+
 def test_a_client_that_leaves_ends_its_run(studio):
-    patient = replace(studio, limits=replace(Limits(), patience=1.5))
+    patient = replace(studio, limits=replace(Limits(), patience=1.0))
     with running(patient) as (address, desk):
-        client = Client(address, verbose=False)
-        client.submit(
-            "a cat",
-            ["dense"],
-            {"model": "tiny", "steps": 100, "num_frames": 25},
-            api_name="/generate",
-        )
-        job = until(lambda: next(iter(desk.worker.jobs.values()), None))
-        until(lambda: job.done >= 1 and job.total == 100)
-        client.close()
+        program = [sys.executable, "-c", LEAVES.replace("ADDRESS", address)]
+        with subprocess.Popen(program) as client:
+            job = until(lambda: next(iter(desk.worker.jobs.values()), None))
+            until(lambda: job.done >= 1 and job.total == 100)
+            client.kill()
         until(lambda: job.state in ("cancelled", "finished"), 30)
         assert job.state == "cancelled"
 
