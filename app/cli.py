@@ -1,4 +1,4 @@
-"""The command line: `vdit-sparse generate | calibrate | eval | demo | methods | doctor | bench`.
+"""The command line: `vdit-sparse generate | estimate | calibrate | eval | demo | bench | ...`.
 
 Only the standard library, typer and rich are imported here, so that `--help` answers at once.
 """
@@ -14,8 +14,11 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from vdit_sparse.app.bench import bench
+from vdit_sparse.app.estimate_cli import estimate, models
 from vdit_sparse.app.evaluate_cli import evaluation
+from vdit_sparse.app.inspect_cli import inspect
 from vdit_sparse.app.terminal import INTERRUPTED, OK, bars, complain, errors, print_json
+from vdit_sparse.app.tune_cli import tune
 
 # Their loading bars, download bars and advice; ours say what is going on.
 QUIET = {
@@ -85,6 +88,9 @@ Set = Annotated[
     list[str] | None,
     _option(METHOD, "A field of the method; repeatable.", "--set", metavar="FIELD=VALUE"),
 ]
+Calibration = Annotated[
+    str | None, _option(METHOD, "What calibrate or tune wrote, and its method.", metavar="FILE")
+]
 Preset = Annotated[str | None, _option(METHOD, "Published settings of a method.")]
 Compare = Annotated[
     list[str] | None,
@@ -139,6 +145,7 @@ def generate(
     out: Out,
     method: Method = None,
     set_: Set = None,
+    calibration: Calibration = None,
     preset: Preset = None,
     compare: Compare = None,
     check: Check = "warn",
@@ -211,6 +218,9 @@ def calibrate(
         typer.echo("\n".join(said))
 
 
+app.command()(tune)
+
+
 @app.command()
 def demo(
     context: typer.Context,
@@ -249,6 +259,11 @@ def demo(
 
         typer.echo(f"The studio is at http://{host}:{port} (Ctrl-C ends it).")
         serve(studio, host, port)
+
+
+app.command()(estimate)
+app.command()(models)
+app.command()(inspect)
 
 
 @app.command()
