@@ -24,6 +24,7 @@ SCRIPTS = (
     "results.js",
     "gallery.js",
     "bench.js",
+    "inspect.js",
 )
 SHEETS = ("studio.css", "elements.css")
 
