@@ -107,9 +107,8 @@ def load_pipeline(
     """A diffusers pipeline whose `set_attn_processor` takes a sparse attention method.
 
     model: None for the bundled text-to-video model, "mini-fast" for the same in few steps without
-        guidance, a folder, a hub id, a short name of docs/models.md such as "wan2.1-t2v-14b", or
-        one file with the weights of a transformer (safetensors in the authors' own format, or GGUF,
-        which stays quantised and needs the package gguf).
+        guidance, a folder, a hub id, a short name of docs/models.md such as "wan2.1-t2v-14b", or a
+        file with a transformer's weights: safetensors, or GGUF, which stays quantised.
     dtype: of all weights; default bf16 on a GPU, and on a CPU that multiplies it natively, else
         fp32. The VAE of large models stays in fp32, as their authors run it.
     device: default the GPU if there is one, else the CPU.
@@ -119,21 +118,16 @@ def load_pipeline(
     base: the folder or hub id that a single file's other parts come from (of two experts, the
         second one too); default what diffusers recognises in the file.
 
-    Raises, each in one line that says what to do: FileNotFoundError for a model that is not there
-    or not in diffusers' format, PermissionError for a gated one, ConnectionError without a network,
-    MemoryError (naming the `offload` that fits) if the weights do not fit into the RAM or on the
-    GPU, ImportError if GGUF is not installed, ValueError for a pipeline that is not supported
-    (naming those that are) and for a file that fits no model.
+    Raises, each in a line that says what to do: FileNotFoundError for a model that is not there or
+    not in diffusers' format, PermissionError for a gated one, ConnectionError without a network,
+    MemoryError if the weights do not fit into the RAM or on the GPU (naming the `offload` that
+    does), ImportError without the package gguf, ValueError for pipelines that are not supported.
     """
     bundled, few_step = model in (None, FEW_STEP), model == FEW_STEP
-    source = MINI if bundled else source_of(model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or default_dtype(device)
-    file = source if isinstance(source, Path) and source.is_file() else None
-    if file is not None:
-        source = base_of(file) if base is None else source_of(base)
+    source, parts = _parts(MINI if bundled else source_of(model), base, dtype)
     cls = _pipeline_class(source, image_to_video)
-    parts = {} if file is None else {"transformer": transformer_of(file, source, dtype)}
     dtypes = dtype if bundled else {"default": dtype, "vae": torch.float32}
     pipe = _from_pretrained(cls, source, dtype=dtypes, **parts)
     pipe.generation = {**cls.generation, **_generation(source)}
@@ -141,6 +135,16 @@ def load_pipeline(
         pipe.generation |= load_few_step(pipe, MINI)
     place(pipe, offload, device)
     return pipe
+
+
+def _parts(
+    source: str | Path, base: str | Path | None, dtype: torch.dtype
+) -> tuple[str | Path, dict[str, torch.nn.Module]]:
+    """The folder or hub id of a pipeline, and those of its parts that a single file brings."""
+    if not (isinstance(source, Path) and source.is_file()):
+        return source, {}
+    home = base_of(source) if base is None else source_of(base)
+    return home, {"transformer": transformer_of(source, home, dtype)}
 
 
 def _from_pretrained(
