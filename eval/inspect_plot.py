@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -22,7 +23,7 @@ SCALE = (
     (255, 250, 190),
 )
 # Mass, as a multiple of what a block would have if all had the same: the ends of the scale.
-LEAST, MOST = 0.01, 100.0
+LEAST, MOST = 1 / 32, 32
 PANEL, GAP, MARGIN, BAR = 240, 14, 24, 220
 TITLE, TEXT, FINE = 17, 14, 12
 
@@ -45,7 +46,10 @@ def maps_picture(found: Inspection, step: int) -> Image.Image | None:
     place = (image.width - MARGIN - BAR, MARGIN)
     _bar(draw, place, ("visited 0", "", "1"))
     _bar(
-        draw, (place[0], place[1] + 17), (f"mass {LEAST:g} x", "even", f"{MOST:g} x"), colours=False
+        draw,
+        (place[0], place[1] + 17),
+        (f"mass 1/{1 / LEAST:g} x", "even", f"{MOST} x"),
+        colours=False,
     )
     for number, (look, head) in enumerate(cells):
         row, column = divmod(number, across)
@@ -65,7 +69,7 @@ def recall_picture(found: Inspection) -> Image.Image:
     width, height = 40 + wide * found.heads, 52 + high * found.layers
     across = max(1, min(len(table), 1240 // (width + GAP)))
     down = math.ceil(len(table) / across)
-    size = (2 * MARGIN + max(across * (width + GAP), 520), 2 * MARGIN + 58 + down * (height + GAP))
+    size = (2 * MARGIN + max(across * (width + GAP), 620), 2 * MARGIN + 58 + down * (height + GAP))
     image, draw = _canvas(size)
     _write(draw, (MARGIN, MARGIN), "Recall: softmax weight in the visited blocks", TITLE)
     _write(draw, (MARGIN, MARGIN + 24), "rows: layers; columns: heads", FINE, FAINT)
@@ -81,7 +85,7 @@ def recall_picture(found: Inspection) -> Image.Image:
 def density_picture(found: Inspection) -> Image.Image:
     """Mean density of all self-attention of each step as bars, and mean recall of the measured
     steps as dots."""
-    wide, high = max(6, min(60, 900 // found.steps)), 220
+    wide, high = max(6, min(100, 600 // found.steps)), 220
     image, draw = _canvas((2 * MARGIN + 44 + max(wide * found.steps, 400), high + 130))
     _write(draw, (MARGIN, MARGIN), "Density of each step, all layers and heads", TITLE)
     _write(draw, (MARGIN, MARGIN + 24), "dots: mean recall where it was measured", FINE, FAINT)
@@ -206,9 +210,9 @@ def _bar(draw, corner, names: Sequence[str], colours: bool = True) -> None:
     left, top = corner
     for x in range(BAR if colours else 0):
         draw.line((left + x, top, left + x, top + 10), fill=_colour(x / (BAR - 1)))
-    for name, x, anchor in zip(names, (0, BAR / 2, BAR), ("lt", "mt", "rt"), strict=True):
+    for name, x, anchor in zip(names, (0, BAR / 2, BAR), ("ls", "ms", "rs"), strict=True):
         if name:
-            _write(draw, (left + x, top + 15), name, FINE, FAINT, anchor)
+            _write(draw, (left + x, top + 24), name, FINE, FAINT, anchor)
 
 
 def _colour(share: float) -> tuple[int, int, int]:
@@ -224,4 +228,9 @@ def _canvas(size: tuple[int, int]) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 
 def _write(draw, place, text: str, size: int, colour=INK, anchor: str = "la") -> None:
-    draw.text(place, text, fill=colour, font=ImageFont.load_default(size), anchor=anchor)
+    draw.text(place, text, fill=colour, font=_font(size), anchor=anchor)
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
