@@ -144,6 +144,14 @@ class Run(ModelHook):
         self.clock.end()
         return module
 
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the method is sparse in the call of a layer that is being made; False outside of
+        a model call, and where processes share its heads and no norm sees all of them."""
+        if self._place is None or self._place.group is not None:
+            return False
+        grid, _, _, step, steps = self._place[:5]
+        return not self.method.is_dense(Call(grid, layer, len(self.processors), step, steps, {}))
+
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:

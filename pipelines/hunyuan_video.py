@@ -5,10 +5,12 @@ import torch
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from torch import Tensor
 
 from vdit_sparse.grid import Grid
+from vdit_sparse.kernels.qk_prepare import prepare_hunyuan
 from vdit_sparse.methods import (
     AdaSpaAttention,
     DraftAttention,
@@ -17,8 +19,9 @@ from vdit_sparse.methods import (
 )
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
 from vdit_sparse.pipelines.families import Arguments, Family, Parallel
+from vdit_sparse.pipelines.one_pass import is_one_pass
 from vdit_sparse.pipelines.processor import SparseAttnProcessor
-from vdit_sparse.pipelines.projections import TEXT, joined, normalise, project
+from vdit_sparse.pipelines.projections import TEXT, Triple, joined, normalise, project
 
 
 class HunyuanVideoSparseAttnProcessor(SparseAttnProcessor):
@@ -33,7 +36,8 @@ class HunyuanVideoSparseAttnProcessor(SparseAttnProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         sizes = (hidden_states.shape[1], encoder_hidden_states.shape[1])
-        query, key, value = _joint(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        streams = hidden_states, encoder_hidden_states
+        query, key, value = _joint(self, attn, *streams, image_rotary_emb)
         out = self.attend(query, key, value, attention_mask).flatten(2, 3).to(query.dtype)
         video, text = out.split(sizes, dim=1)
         if attn.to_out is not None:
@@ -44,12 +48,22 @@ class HunyuanVideoSparseAttnProcessor(SparseAttnProcessor):
 
 
 def _joint(
-    attn: Attention, video: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys (after norm and RoPE) and values of video and text, `[B, S, H, D]`."""
+    processor: SparseAttnProcessor,
+    attn: Attention,
+    video: Tensor,
+    text: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> Triple:
+    """Queries, keys (after norm and RoPE) and values of video and text, `[B, S, H, D]`; in one
+    pass where the call is sparse and on a GPU (`is_one_pass`)."""
     two_streams = attn.add_q_proj is not None
     hidden_states = video if two_streams else torch.cat([video, text], dim=1)
-    query, key, value = project(attn, hidden_states)
+    query, key, value = parts = project(attn, hidden_states)
+    norms = (attn.norm_q, attn.norm_k)
+    if two_streams:
+        norms += (attn.norm_added_q, attn.norm_added_k)
+    if is_one_pass(processor, query, norms, RMSNorm, rotary):
+        return _in_one_pass(attn, norms, parts, text if two_streams else None, rotary)
     query, key = normalise(query, key, (attn.norm_q, attn.norm_k))
     if rotary is not None:
         query, key = (_rotate(x, video.shape[1], rotary) for x in (query, key))
@@ -59,6 +73,25 @@ def _joint(
     norms = (attn.norm_added_q, attn.norm_added_k)
     text_query, text_key = normalise(text_query, text_key, norms)
     return joined((query, key, value), (text_query, text_key, text_value))
+
+
+def _in_one_pass(
+    attn: Attention,
+    norms: tuple[RMSNorm, ...],
+    parts: Triple,
+    text: Tensor | None,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> Triple:
+    """As `_joint`, of projections `[B, S, H, D]`; text: of a block of two streams, else None."""
+    query, key, value = parts
+    weights, of_text = [norm.weight for norm in norms], {}
+    if text is not None:
+        *of_queries_and_keys, text_value = project(attn, text, TEXT)
+        of_text["text"] = [x.flatten(2) for x in of_queries_and_keys]
+        of_text["text_weights"] = weights[2:]
+        value = torch.cat([value, text_value], dim=1)
+    given = query.flatten(2), key.flatten(2), *weights[:2], norms[0].eps, rotary
+    return *prepare_hunyuan(*given, heads=attn.heads, **of_text), value
 
 
 def _rotate(x: Tensor, tokens: int, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -44,6 +44,11 @@ class SparseAttnProcessor:
             return value
         return torch.ops.vdit_sparse.attend(query, key, value, self.layer, self.run, mask)
 
+    def is_sparse(self) -> bool:
+        """Whether the method will be sparse in this call. Not to be asked in a compiled graph,
+        which serves dense and sparse calls."""
+        return RUNS[self.run].is_sparse(int(self.layer))
+
     def dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """The stock attention `[B, S, H, D]` -> `[B, S, H, D]`, through diffusers' dispatcher."""
         return dispatch_attention_fn(

@@ -33,7 +33,7 @@ class SkyReelsV2SparseAttnProcessor(SparseAttnProcessor):
     ) -> Tensor:
         if encoder_hidden_states is not None:
             raise ValueError("SkyReels-V2's self-attention takes no encoder states.")
-        query, key, value = query_key_value(attn, hidden_states, rotary_emb)
+        query, key, value = query_key_value(attn, hidden_states, rotary_emb, self)
         out = self.attend(query, key, value, attention_mask).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
 

@@ -185,8 +185,9 @@ def why_not(x: Tensor, weight: Tensor | None, rotary: Rotary | None) -> str | No
     reason to leave norm and RoPE to diffusers. Can be asked inside of a compiled graph."""
     if not x.is_cuda or not _TRITON:
         return "it needs a GPU, and Triton"
-    if weight is None or weight.dtype != x.dtype:
-        return "the norm has no weight in the dtype of the queries"
+    # Layerwise casting and offloading keep weights elsewhere until their module is called.
+    if weight is None or weight.dtype != x.dtype or weight.device != x.device:
+        return "the norm has no weight in the dtype and on the device of the queries"
     if rotary is not None and any(table.dtype != torch.float32 for table in rotary):
         return f"the tables of RoPE are {rotary[0].dtype}, not fp32"
     return None
@@ -265,7 +266,7 @@ def checked_tables(x: Tensor, rotary: Rotary | None) -> tuple[Tensor | None, Ten
     if rotary is None:
         return None, None
     D = x.shape[3]
-    tables = [table[0, :, 0] if table.ndim == 4 else table for table in rotary]
+    tables = [table.squeeze(2).squeeze(0) if table.ndim == 4 else table for table in rotary]
     for name, table in zip(("cos", "sin"), tables, strict=True):
         if table.shape != (tables[0].shape[0], D) or not 0 < table.shape[0] <= x.shape[1]:
             raise ValueError(

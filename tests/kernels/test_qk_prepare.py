@@ -247,6 +247,7 @@ ROW = torch.zeros(1, 4, 2, 8)
         ({"weight": torch.zeros(4)}, ValueError, r"weight must be \[16\].*or \[8\].*\(4,\)"),
         ({"weight": torch.zeros(8).half()}, TypeError, "weight must be torch.float32 like x"),
         ({"rotary": (torch.zeros(5, 8),) * 2}, ValueError, r"cos must be \[R, 8\].*from 1 to 4"),
+        ({"rotary": (torch.zeros(2, 4, 1, 8),) * 2}, ValueError, r"got \(2, 4, 8\)"),
         ({"rotary": (torch.zeros(4, 8).double(),) * 2}, TypeError, "cos must be fp32"),
         ({"tail": ROW}, ValueError, "belong together"),
         ({"tail": ROW[..., :4], "tail_weight": torch.zeros(4)}, ValueError, "must be like x"),
@@ -267,8 +268,9 @@ def test_wrong_calls_are_refused(change, error, message):
 class OnGpu:
     """What `why_not` asks of a tensor."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, index=0):
         self.dtype, self.is_cuda = dtype, True
+        self.device = torch.device("cuda", index)
 
 
 def test_reasons_to_leave_it_to_diffusers():
@@ -276,6 +278,7 @@ def test_reasons_to_leave_it_to_diffusers():
     assert why_not(x, weight, (table, table)) is None and why_not(x, weight, None) is None
     assert "no weight" in why_not(x, None, None)
     assert "no weight" in why_not(x, OnGpu(torch.float32), None)
+    assert "on the device" in why_not(x, OnGpu(torch.bfloat16, 1), None)
     assert "torch.bfloat16, not fp32" in why_not(x, weight, (x, x))
     assert "needs a GPU" in why_not(torch.zeros(1), torch.zeros(1), None)
 
