@@ -12,10 +12,14 @@ from pathlib import Path
 
 import torch
 
+from vdit_sparse.calibration import read_header
 from vdit_sparse.method import SparseAttention
 from vdit_sparse.methods import METHODS
+from vdit_sparse.tuned import TunedAttention
 
 DENSE = "dense"
+# What a run may use: the methods, and what `vdit-sparse tune` makes of them.
+RUNNABLE = {**METHODS, "tuned": TunedAttention}
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -25,6 +29,8 @@ DTYPES = {
     "float32": torch.float32,
 }
 CHECKS = ("off", "warn", "strict")
+# What processes under torchrun share.
+PARALLELS = ("tokens", "guidance", "both")
 OFFLOADS = ("none", "model", "sequential", "group")
 DENSE_BACKENDS = ("native", "_native_cudnn", "flash", "_flash_3", "xformers", "sage")
 
@@ -48,7 +54,7 @@ class InputError(Exception):
 class RunChoice:
     """What one run uses.
 
-    name: "dense" or a name in `METHODS`; method: None for dense; preset: where it came from.
+    name: "dense" or a name in `RUNNABLE`; method: None for dense; preset: where it came from.
     """
 
     name: str
@@ -84,23 +90,23 @@ def parse_run(
         if settings:
             raise InputError(f"--method dense has no fields, but --set {settings[0]} was given.")
         return RunChoice(DENSE)
-    if name not in METHODS:
-        names = [DENSE, *METHODS]
+    if name not in RUNNABLE:
+        names = [DENSE, *RUNNABLE]
         raise InputError(
             f"There is no method {name!r}{hint(name, names)}; methods: {', '.join(names)}."
         )
-    return RunChoice(name, with_settings(name, METHODS[name], settings))
+    return RunChoice(name, with_settings(name, RUNNABLE[name], settings))
 
 
 def parse_compare(text: str, option: str = "--compare") -> RunChoice:
     """The run of `--compare dense`, `METHOD`, `PRESET` or `METHOD:field=value,field=value`."""
     name, _, fields = text.partition(":")
     settings = re.split(r",(?=\w+=)", fields) if fields else []
-    if name in (DENSE, *METHODS):
+    if name in (DENSE, *RUNNABLE):
         return parse_run(name, settings)
     if name in all_presets():
         return parse_run(None, settings, preset=name)
-    names = [DENSE, *METHODS, *all_presets()]
+    names = [DENSE, *RUNNABLE, *all_presets()]
     raise InputError(
         f"{option} needs a method or preset, got {name!r}{hint(name, names)}; there are: "
         f"{', '.join(names)}."
@@ -122,8 +128,21 @@ def presets_by_family() -> dict[str, Mapping[str, SparseAttention]]:
 
 
 def method_name(method: SparseAttention) -> str:
-    """The name of a method's class in `METHODS`."""
-    return next(name for name, kind in METHODS.items() if type(method) is kind)
+    """The name of a method's class in `RUNNABLE`."""
+    return next(name for name, kind in RUNNABLE.items() if type(method) is kind)
+
+
+def parse_calibrated(file: str, name: str | None) -> str:
+    """The name of the method that a calibration file is for; `name`, if given, must be it."""
+    try:
+        made_for = read_header(file)["method"]
+    except (OSError, ValueError) as error:
+        raise InputError(f"--calibration: {error}") from error
+    found = next((key for key, kind in RUNNABLE.items() if kind.__name__ == made_for), None)
+    if found is None or name not in (None, found):
+        asked = f"--method is {name}" if found else "this version has no such method"
+        raise InputError(f"--calibration {file} is for {found or made_for}, but {asked}.")
+    return found
 
 
 def with_settings(

@@ -9,7 +9,9 @@ from vdit_sparse.app.options import (
     DENSE_BACKENDS,
     DTYPES,
     OFFLOADS,
+    PARALLELS,
     RunChoice,
+    parse_calibrated,
     parse_choice,
     parse_compare,
     parse_lora,
@@ -25,7 +27,8 @@ class Request:
     runs: in this order; the first dense one is the reference of the others. model: None for the
     bundled one. size: (height, width) in pixels. image: first frame, for models that take one.
     loras: (id or path, weight). check: what a look at each layer's first sparse call does, one of
-    `CHECKS`. command: the command line, for the report.
+    `CHECKS`. parallel: what torchrun's processes share, one of `PARALLELS`. command: the command
+    line, for the report.
     """
 
     prompt: str
@@ -46,6 +49,7 @@ class Request:
     device: str | None = None
     dense_backend: str | None = None
     check: str = "warn"
+    parallel: str = "tokens"
     overwrite: bool = False
     command: str | None = None
 
@@ -55,19 +59,25 @@ def parse_request(words: Mapping) -> Request:
 
     Raises InputError for a word that means nothing.
     """
-    words = {"check": "warn", **words}  # not every command has it
+    # Not every command has them.
+    words = {"check": "warn", "calibration": None, "parallel": "tokens", **words}
     for option, choices in (
         ("offload", OFFLOADS),
         ("dtype", DTYPES),
         ("dense_backend", DENSE_BACKENDS),
         ("check", CHECKS),
+        ("parallel", PARALLELS),
     ):
         if words[option] is not None:
             parse_choice(f"--{option.replace('_', '-')}", words[option], choices)
-    chosen = parse_run(words["method"], words["set_"] or (), words["preset"])
+    method, settings = words["method"], list(words["set_"] or ())
+    if words["calibration"] is not None:
+        method = parse_calibrated(words["calibration"], method)
+        settings.append(f"calibration={words['calibration']}")
+    chosen = parse_run(method, settings, words["preset"])
     compared = [parse_compare(text) for text in words["compare"] or ()]
     same = "prompt negative_prompt guidance_scale steps seed num_frames model offload compile dtype"
-    same += " device dense_backend check overwrite command"
+    same += " device dense_backend check parallel overwrite command"
     return Request(
         **{name: words[name] for name in same.split()},
         runs=(chosen, *compared),

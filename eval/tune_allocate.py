@@ -1,6 +1,7 @@
 """From what heads lose to who computes how much when: the decisions of `vdit-sparse tune`."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,34 +50,57 @@ class Choice:
     loss: Tensor
 
 
-def allocate(losses: Losses, weight: Tensor, density: float) -> Choice:
+def allocate(parts: Sequence[tuple[Losses, Tensor]], density: float) -> list[Choice]:
     """The dense steps of each head, and what it keeps between them, of least weighted error at a
-    mean density.
+    mean density, for the losses and the weight of each expert.
 
-    weight: `[n, L, H]`, what an error of 1 of a head at a step costs. For a price of a block each
-    head's best schedule is found exactly, from the last step to the first (dynamic programming over
-    where its dense steps are); bisection finds the lowest price at which the mean density is at
-    most `density` (the Lagrangian of one budget for all heads and steps). Raises ValueError if no
-    schedule within reach is as sparse as that.
+    A weight, `[n, L, H]`, is what an error of 1 of a head at a step costs. For a price of a block
+    each head's best schedule is found exactly, from the last step to the first (dynamic programming
+    over where its dense steps are); bisection finds the lowest price at which the mean density is
+    at most `density` (the Lagrangian of one budget for all heads, steps and experts). Raises
+    ValueError if no schedule within reach is as sparse as that.
     """
-    weighted = _weighted(losses.error, weight.double())
-    largest = float(weighted[weighted.isfinite()].max()) + 1e-12
-    high = math.log(1e3 * len(weight) * largest)
-    low = high - 60
-    best = _schedule(losses, weighted, math.exp(high))
-    if best.density > density:
+    least = lowest([losses for losses, _ in parts])
+    if least > density:
         raise ValueError(
-            f"The lowest mean density of these candidates is {best.density:.3f}, expected at most "
+            f"The lowest mean density of these candidates is {least:.3f}, expected at most "
             f"{density:g}: ask for more, or search with a longer reach or lower densities."
         )
+    weighted = [_weighted(losses.error, weight.double()) for losses, weight in parts]
+
+    def at(price: float) -> list[Choice]:
+        each = zip(parts, weighted, strict=True)
+        return [_schedule(losses, costs, math.exp(price)) for (losses, _), costs in each]
+
+    largest = max(float(x.where(x.isfinite(), 0).max()) for x in weighted) + 1e-12
+    high = math.log(1e3 * max(map(len, weighted)) * largest)
+    low, best = high - 60, at(high)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        found = _schedule(losses, weighted, math.exp(middle))
-        if found.density <= density:
+        found = at(middle)
+        if mean_density(found) <= density:
             best, high = found, middle
         else:
             low = middle
     return best
+
+
+def mean_density(choices: Sequence[Choice]) -> float:
+    """Over the steps of all experts."""
+    steps = [len(choice.dense) for choice in choices]
+    total = sum(n * choice.density for n, choice in zip(steps, choices, strict=True))
+    return total / sum(steps)
+
+
+def lowest(parts: Sequence[Losses]) -> float:
+    """The lowest mean density that there is: as few dense steps as the reach allows."""
+    spent = total = 0
+    for losses in parts:
+        n, reach = losses.error.shape[:2]
+        dense = -(-n // (reach + 1))
+        spent += dense + (n - dense) * float(losses.kept.min())
+        total += n
+    return spent / total
 
 
 def _weighted(error: Tensor, weight: Tensor) -> Tensor:

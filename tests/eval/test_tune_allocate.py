@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from vdit_sparse.eval.tune_allocate import Losses, allocate
+from vdit_sparse.eval.tune_allocate import Losses, allocate, lowest, mean_density
 from vdit_sparse.tuned_table import NOTHING
 
 STEPS, LEVELS = 4, (0.0, 0.5)
@@ -37,14 +37,14 @@ def schedules(one: Losses, weight):
 def test_no_other_schedule_is_as_sparse_and_as_good():
     for _ in range(5):
         one, weight = losses(), torch.rand(STEPS, 1, 1)
-        found = allocate(one, weight, 0.6)
+        found = allocate([(one, weight)], 0.6)[0]
         assert found.density <= 0.6
         better = [s for s in schedules(one, weight) if s[0] <= found.density + 1e-9]
         assert float(found.loss.sum()) == pytest.approx(min(loss for _, loss in better))
 
 
 def test_a_choice_says_what_the_method_reads():
-    found = allocate(losses(2, 3), torch.ones(STEPS, 2, 3), 0.5)
+    found = allocate([(losses(2, 3), torch.ones(STEPS, 2, 3))], 0.5)[0]
     assert found.dense[0].all() and found.density <= 0.5
     for layer, head in product(range(2), range(3)):
         level = found.level[:, layer, head].tolist()
@@ -63,22 +63,31 @@ def test_heads_that_matter_get_more():
     error = even.error[..., :1].expand(-1, -1, -1, -1, 2)
     weight = torch.ones(STEPS, 1, 2)
     weight[..., 1] = 1e6
-    found = allocate(Losses(error, error, even.kept), weight, 0.6)
+    found = allocate([(Losses(error, error, even.kept), weight)], 0.6)[0]
     kept = torch.where(found.dense, 1.0, even.kept[found.level.long().clamp(min=0)])
     assert kept[..., 1].mean() > kept[..., 0].mean()
 
 
+def test_experts_share_one_budget():
+    parts = [(losses(), torch.ones(STEPS, 1, 1)), (losses(), 1e6 * torch.ones(STEPS, 1, 1))]
+    found = allocate(parts, 0.6)
+    assert mean_density(found) <= 0.6 and found[0].density < found[1].density
+
+
 def test_everything_dense_costs_nothing_and_too_little_is_refused():
     one = losses()
-    dense = allocate(one, torch.ones(STEPS, 1, 1), 1.0)
+    dense = allocate([(one, torch.ones(STEPS, 1, 1))], 1.0)[0]
     assert dense.dense.all() and dense.density == 1 and not dense.loss.any()
-    with pytest.raises(ValueError, match=r"lowest mean density .* is 0\.250, expected at most 0\.2"):
-        allocate(one, torch.ones(STEPS, 1, 1), 0.2)
+    with pytest.raises(
+        ValueError, match=r"lowest mean density .* is 0\.250, expected at most 0\.2"
+    ):
+        allocate([(one, torch.ones(STEPS, 1, 1))], 0.2)
 
 
 def test_a_short_reach_forces_dense_steps():
-    found = allocate(losses(reach=1), torch.ones(STEPS, 1, 1), 0.5)
+    found = allocate([(losses(reach=1), torch.ones(STEPS, 1, 1))], 0.5)[0]
     assert found.dense[:, 0, 0].tolist() == [True, False, True, False]
+    assert lowest([losses(reach=1)]) == 0.5 and lowest([losses()] * 2) == 0.25
 
 
 def test_the_share_is_the_least_squares_one():

@@ -1,0 +1,151 @@
+"""A schedule for one model and size, found on a few prompts: `vdit-sparse tune`."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import ImageOps
+
+from vdit_sparse.app.calibrate import NOT_ASKED, check_file, parse_seeds, read_prompts
+from vdit_sparse.app.checks import BUNDLED, check_before_loading, read_image
+from vdit_sparse.app.generate import RunFailed
+from vdit_sparse.app.loading import load, settings_of
+from vdit_sparse.app.options import InputError, parse_choice, with_settings
+from vdit_sparse.app.request import Request, parse_request
+from vdit_sparse.app.terminal import Progress
+from vdit_sparse.eval.tune import Target, Tuned
+from vdit_sparse.eval.tune import tune as search_for
+from vdit_sparse.eval.tune_effect import EFFECTS
+from vdit_sparse.eval.tune_record import TuneSearch
+
+# Prompts of the bundled model's grammar, none of which the tables of docs/ are measured on.
+BUNDLED_PROMPTS = Path(__file__).parent.parent / "eval" / "prompts" / "mini_tuning.txt"
+# Samples at once of a model whose memory is not known, and of the bundled one.
+BATCH, BUNDLED_BATCH = 1, 8
+MOST_ROUNDS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneRequest:
+    """What the caller wants.
+
+    target, search, effects, rounds, batch: as in `eval.tune.tune`; out: the file to write; model:
+    which model is loaded, how, and the settings of its call.
+    """
+
+    target: Target
+    search: TuneSearch
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    effects: str | None
+    rounds: int
+    batch: int
+    out: Path
+    model: Request
+    overwrite: bool = False
+
+
+def parse_tune(words: Mapping) -> TuneRequest:
+    """The request of a command line, given as option -> text, number, list of texts or None.
+
+    Raises InputError for a word that means nothing, and for a prompts file that cannot be used.
+    """
+    bundled = words["model"] in BUNDLED
+    file = words["prompts"] or (BUNDLED_PROMPTS if bundled else None)
+    if file is None:
+        raise InputError(
+            "--prompts is needed with --model: a text file with a few prompts, one a line, like "
+            "those that the schedule is meant for."
+        )
+    try:
+        target = Target(
+            density=words["density"], psnr=words["target_psnr"], speedup=words["speedup"]
+        )
+    except ValueError as error:
+        raise InputError(f"Give one of --density, --target-psnr and --speedup: {error}") from error
+    if words["effects"] is not None:
+        parse_choice("--effects", words["effects"], EFFECTS)
+    for option, least, most in (("rounds", 0, MOST_ROUNDS), ("batch", 1, MOST_ROUNDS)):
+        if words[option] is not None and not least <= words[option] <= most:
+            raise InputError(f"--{option} must be from {least} to {most}, got {words[option]}.")
+    prompts, seeds = read_prompts(Path(file)), parse_seeds(words["seeds"])
+    out = Path(words["out"])
+    folder = {"out": out.parent, "overwrite": True}
+    model = {**words, **NOT_ASKED, **folder, "prompt": prompts[0], "seed": max(seeds)}
+    return TuneRequest(
+        target=target,
+        search=with_settings("tune", TuneSearch, words["set_"] or ()),
+        prompts=prompts,
+        seeds=seeds,
+        effects=words["effects"],
+        rounds=words["rounds"],
+        batch=words["batch"] or (BUNDLED_BATCH if bundled else BATCH),
+        out=out,
+        model=parse_request(model),
+        overwrite=words["overwrite"],
+    )
+
+
+def tune(request: TuneRequest, progress: Progress) -> list[str]:
+    """Makes the file, and returns lines that say what it is.
+
+    Raises InputError for what the caller can put right, and RunFailed for a run that went wrong.
+    """
+    check_file(request.out, request.overwrite)
+    check_before_loading(request.model)
+    image = read_image(request.model.image)
+    progress("loading the model", 0, None)
+    pipe = load(request.model)
+    settings = settings_of(pipe, request.model)
+    settings.pop("fps", None)
+    if image is not None:
+        settings["image"] = ImageOps.fit(image, (settings["width"], settings["height"]))
+    progress("loading the model", 1, 1)
+    same = {
+        name: getattr(request, name) for name in ("out", "search", "effects", "rounds", "batch")
+    }
+    try:
+        found = search_for(
+            pipe,
+            request.prompts,
+            request.seeds,
+            request.target,
+            tell=progress,
+            **same,
+            **settings,
+        )
+    except Exception as error:
+        raise RunFailed(
+            f"{type(error).__name__}: {error} ({request.out} was not written)"
+        ) from error
+    return _lines(request, found)
+
+
+def _lines(request: TuneRequest, found: Tuned) -> list[str]:
+    made, asked = found.calibration, request.model
+    grid = made.grid
+    text = f" and {grid.text} of text" if grid.text else ""
+    options = {
+        "--calibration": str(request.out),
+        "--model": asked.model,
+        "--size": asked.size and "x".join(map(str, asked.size)),
+        "--num-frames": asked.num_frames,
+        "--steps": asked.steps,
+    }
+    given = [word for pair in options.items() if pair[1] is not None for word in map(str, pair)]
+    lines = [
+        f"{request.out}: {request.out.stat().st_size / 1e3:,.1f} kB",
+        f"made for: {grid.frames} x {grid.height} x {grid.width} tokens{text}, {made.layers} "
+        f"layers, {made.steps} steps",
+        f"made from: prompts {len(made.prompts)}, seeds {len(made.seeds)}",
+        f"density: {found.density:.3f}, the mean over all self-attention of a run with it",
+        f"error of the latents on these prompts: {found.error:.2f} dB; with all weights 1 "
+        f"{found.unweighted:.2f} dB",
+    ]
+    if request.target.psnr is not None:
+        lines.append(f"PSNR on these prompts: {found.reached:.2f} dB")
+    if request.target.speedup is not None:
+        lines.append(f"denoising: {found.reached:.2f} times as fast as dense")
+    use = shlex.join(["vdit-sparse", "generate", *given])
+    return [*lines, f'use it with: {use} --prompt "..." --out DIR']
