@@ -133,19 +133,22 @@ class Inspector(SparseAttention):
         return self.method.plan(q, k, call)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        why, before = self.method.why_dense(call), dict(call.memory)
+        why, plan, due = self.method.why_dense(call), None, self._is_due(call)
         if why:
             call.note.density = 1.0
             out = scaled_dot_product_attention(q, k, v, real_keys(call.kv_len, k))
         else:
+            # A plan that is not cached is asked for once more, before the run remembers it.
+            ask = due and self.method.refresh == "each"
+            plan = self._ask(q, k, call) if ask else None
             out = self.method.attend(q, k, v, call)
             # Methods that ran dense say so by a number; a plan's density is a tensor.
             dense = isinstance(call.note.density, float) and call.note.density == 1.0
             why = "search" if dense else None
-        if self._is_due(call):
+        if due:
             _check("heads", self.heads, q.shape[1])
-            plan = None if why else self._used(q, k, call, before)
-            self.seen.append(self._measure(q, k, v, out, call, plan, why))
+            used = None if why else call.memory.get("plan") or plan or self._ask(q, k, call)
+            self.seen.append(self._measure(q, k, v, out, call, used, why))
         return out
 
     def _is_due(self, call: Call) -> bool:
@@ -154,12 +157,8 @@ class Inspector(SparseAttention):
         place = (call.origin.expert, call.step, call.layer)
         return all((look.expert, look.step, look.layer) != place for look in self.seen)
 
-    def _used(self, q: Tensor, k: Tensor, call: Call, before: dict) -> Plan:
-        """The plan that the call ran with: the cached one, or the same again, for a plan is a
-        function of q, k and what was remembered."""
-        if "plan" in call.memory:
-            return call.memory["plan"]
-        return self.method.plan(q, k, replace(call, memory=before, note=Note()))
+    def _ask(self, q: Tensor, k: Tensor, call: Call) -> Plan:
+        return self.method.plan(q, k, replace(call, memory=dict(call.memory), note=Note()))
 
     def _measure(self, q, k, v, out, call: Call, plan: Plan | None, why: str | None) -> Look:
         row, tokens = len(q) - 1, q.shape[2]
