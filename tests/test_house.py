@@ -17,7 +17,7 @@ FILES = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
 LIBRARIES = {
     "diffusers": ("pipelines/",),
     "transformers": ("pipelines/",),
-    "gradio": ("app/demo.py",),
+    "gradio": ("app/demo/",),
     "triton": ("kernels/",),
 }
 PRINTS = (
