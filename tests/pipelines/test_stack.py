@@ -1,0 +1,158 @@
+"""Methods beside compilation, offload, adapters, caches, guiders and quantised weights.
+
+One test a cell of docs/compatibility.md: stock diffusers with the feature is what a dense method
+with it has to equal, put on in either order.
+"""
+
+from functools import cache
+from importlib import import_module
+
+import pytest
+import torch
+from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+from tests.pipelines import stack_table
+from tests.pipelines.stack_features import FEATURES, STEPS
+from tests.pipelines.stack_outcomes import OUTCOMES, ROWS, outcome_of
+from tests.tiny_models.catalogue import TINY
+from tests.tiny_models.parts import Tiny
+from vdit_sparse import AdaSpaAttention, apply, remove, summary
+from vdit_sparse.pipelines.attach import denoisers_of
+from vdit_sparse.pipelines.families import FAMILIES
+
+DENSE = AdaSpaAttention(dense_steps=10_000)
+SPARSE = AdaSpaAttention(dense_steps=0, block=64, dense_search=False)
+# Cross-attention through the dispatcher; joint, text first. The other rows are of the same kinds.
+QUICK = ("wan", "flux")
+ALSO_QUICK = (("fuse", "cogvideox"), ("backend", "cogvideox"))
+LONG = ("compile", "cache-dit", "int8", "fp8")
+
+
+def cells():
+    for feature in FEATURES:
+        for entry in ROWS:
+            quick = entry in QUICK and feature not in LONG or (feature, entry) in ALSO_QUICK
+            marks = () if quick else pytest.mark.slow
+            yield pytest.param(feature, entry, id=f"{feature}-{entry}", marks=marks)
+
+
+@torch.no_grad()
+def run(tiny: Tiny, **changes) -> torch.Tensor:
+    call = {**tiny.call, "num_inference_steps": STEPS, **changes}
+    out = tiny.pipe(**call, generator=torch.Generator().manual_seed(0))[0]
+    return torch.stack(list(out))
+
+
+@cache
+def plain(entry: str) -> torch.Tensor:
+    return run(TINY[entry]())
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(monkeypatch):
+    """What diffusers keeps for the whole process, and compiled code."""
+    registry = dict(AttentionProcessorRegistry._registry)
+    monkeypatch.setattr(AttentionProcessorRegistry, "_registry", registry)
+    torch._dynamo.reset()
+    yield
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("name", "entry"), list(cells()))
+def test_cell(name, entry, tmp_path):
+    feature, outcome = FEATURES[name], outcome_of(name, entry)
+    if feature.package:
+        pytest.importorskip(feature.package)
+    one, other = TINY[entry](), TINY[entry]()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    if outcome.kind in ("absent", "stock fails"):
+        with pytest.raises(Exception, match=outcome.words):
+            feature.put(one.pipe, tmp_path / "one")
+            run(one)
+        return
+    without = plain(entry)
+    feature.put(one.pipe, tmp_path / "one")
+    wanted = run(one)
+    graphs = one.pipe.graphs.frame_count if name == "compile" else 0
+    if feature.effect:
+        assert torch.equal(wanted, without) == (outcome.kind == "no effect")
+    sparse = feature_before_method(one, wanted, feature)
+    torch._dynamo.reset()
+    apply(other.pipe, DENSE)
+    feature.put(other.pipe, tmp_path / "other")
+    feature_after_method(other, wanted, sparse, feature, outcome)
+    if graphs:  # dense or sparse, there are as many as of stock attention
+        assert other.pipe.graphs.frame_count == graphs
+    if feature.package != "cache_dit":  # it goes with the method, and does not come off before
+        remove(other.pipe)
+        close(run(other), wanted, feature)
+
+
+def feature_before_method(tiny: Tiny, wanted: torch.Tensor, feature) -> torch.Tensor:
+    apply(tiny.pipe, DENSE)
+    close(run(tiny), wanted, feature)
+    calls = summary(tiny.pipe).calls
+    apply(tiny.pipe, SPARSE)
+    sparse = run(tiny)
+    done = summary(tiny.pipe)
+    assert done.calls == calls > 0 and 0 < done.sparse_density < 1
+    assert sparse.isfinite().all() and not torch.equal(sparse, wanted)
+    remove(tiny.pipe)
+    close(run(tiny), wanted, feature)
+    return sparse
+
+
+def feature_after_method(tiny: Tiny, wanted, sparse, feature, outcome) -> None:
+    if outcome.kind in ("apply again", "first"):
+        with pytest.raises(RuntimeError, match=outcome.words):
+            run(tiny)
+    if outcome.kind == "first":
+        return
+    if outcome.kind == "works":
+        close(run(tiny), wanted, feature)
+    apply(tiny.pipe, SPARSE)
+    close(run(tiny), sparse, feature)
+
+
+def close(one: torch.Tensor, other: torch.Tensor, feature) -> None:
+    torch.testing.assert_close(one, other, atol=feature.tolerance, rtol=0)
+
+
+FEW = [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in ROWS]
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+@pytest.mark.parametrize("entry", FEW)
+def test_few_steps_without_guidance_have_dense_ends(entry, steps):
+    tiny = TINY[entry]()
+    scales = ("guidance_scale", "true_cfg_scale")
+    changes = {name: 1.0 for name in scales if name in tiny.call}
+    apply(tiny.pipe, AdaSpaAttention(block=64, dense_steps=1, last_dense_steps=1))
+    out = run(tiny, num_inference_steps=steps, **changes)
+    done = summary(tiny.pipe)
+    assert out.isfinite().all()
+    dense = {entry.step for entry in done.entries if entry.dense}
+    sparse = {entry.step for entry in done.entries if not entry.dense}
+    assert dense == {0, steps - 1} and sparse == set(range(1, steps - 1))
+
+
+def test_every_family_has_a_row():
+    built = {type(m).__name__ for x in ROWS for m in denoisers_of(TINY[x]().pipe).values()}
+    assert built == FAMILIES.keys()
+    assert OUTCOMES.keys() <= FEATURES.keys()
+    assert all(row.keys() <= ROWS.keys() for row in OUTCOMES.values())
+
+
+def test_the_table_is_what_the_outcomes_say():
+    assert stack_table.FILE.read_text() == stack_table.page(), (
+        "docs/compatibility.md is stale: run python -m tests.pipelines.stack_table"
+    )
+
+
+def test_every_test_named_in_the_table_is_there():
+    for test in stack_table.ELSEWHERE.values():
+        module, name = test.split("::")
+        assert hasattr(import_module(module), name)
