@@ -110,7 +110,7 @@ def density_picture(found: Inspection) -> Image.Image:
 
 def _legend(look: Look) -> str:
     rows, columns = next(iter(look.maps.values())).plan.blocks
-    text = " and the text" if look.grid.text else ""
+    text = " or the text" if look.grid.text else ""
     return (
         f"blocks of {rows} queries (down) x {columns} keys (across); mass against an even spread; "
         f"marks at the edges: where a frame{text} begins"
