@@ -3,7 +3,7 @@
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -115,7 +115,9 @@ def tune(
             found = _solve(problem, target, effects, rounds, tell)
     finally:
         remove(pipe)
-    final = replace(found.calibration, path=str(out))
+    asked = {"target": asdict(target), "effects": effects, "rounds": rounds}
+    fields = {**found.calibration.fields, **asked}
+    final = replace(found.calibration, path=str(out), fields=fields)
     save(final)
     return replace(found, calibration=final)
 

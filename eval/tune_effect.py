@@ -31,7 +31,7 @@ class Disturbed(SparseAttention):
     steps: tuple[int, ...] | None = None
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
-    share: float = 0.1
+    share: float = 0.2
     block: int = 64
     errors: dict = field(default_factory=dict, compare=False, repr=False)
 

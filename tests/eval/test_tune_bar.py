@@ -1,0 +1,95 @@
+"""The bar's arithmetic, and that uniform settings keep to the density they are listed for."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.tiny_models import WAN_CALL, tiny_wan
+from vdit_sparse.call import Call, Note
+from vdit_sparse.eval import leaderboard, tune_bar
+from vdit_sparse.eval.tune_bar import HELD_OUT, TUNING, interval, prompts_of
+from vdit_sparse.eval.uniform import sparse_shares, uniform
+from vdit_sparse.grid import Grid
+
+GRID, STEPS, DENSITY = Grid(7, 16, 28), 16, 0.25
+
+
+def test_interval_is_that_of_student():
+    middle, half = interval([1.0, 2.0, 3.0])
+    assert middle == 2 and half == pytest.approx(2.571 / 3**0.5)
+    assert interval([1.0] * 32) == (1.0, 0.0)
+
+
+def test_tuning_and_held_out_prompts_are_apart():
+    held, tuning = prompts_of(HELD_OUT), prompts_of(TUNING)
+    assert len(held) == len(set(held)) == 32 and not set(held) & set(tuning)
+
+
+def test_shares_make_the_density_of_the_run():
+    for dense, share in sparse_shares(DENSITY, STEPS):
+        assert (dense + (STEPS - dense) * share) / STEPS == pytest.approx(DENSITY, abs=1e-3)
+
+
+def density_of(method, device) -> float:
+    """Of a run of one layer, with its dense and search steps."""
+    q = torch.randn(1, 2, GRID.tokens, 16, device=device)
+    memory, total = {}, 0.0
+    for step in range(STEPS):
+        call = Call(GRID, 0, 1, step, STEPS, memory, note=Note())
+        method(q, q, q, call, dense=lambda q, k, v: q)
+        total += 1.0 if method.is_dense(call) else float(call.note.density)
+    return total / STEPS
+
+
+def test_uniform_settings_keep_to_the_density(device):
+    found = list(uniform(DENSITY, GRID, STEPS, {}))
+    assert {name for name, _ in found} == {"adaspa", "rettention", "draft"}
+    assert len(found) == len({(name, repr(method)) for name, method in found})
+    first = {(name, method.dense_steps): method for name, method in reversed(found)}
+    for (name, dense), method in first.items():
+        if name != "draft" and dense < 2:
+            small = replace(method, backend=None)
+            assert DENSITY - 0.04 <= density_of(small, device) <= DENSITY + 0.01, method
+
+
+def test_the_bar_is_measured_on_a_tiny_model(tmp_path, monkeypatch, device):
+    from vdit_sparse.eval.tune import Target, tune
+    from vdit_sparse.eval.tune_record import TuneSearch
+    from vdit_sparse.methods import DraftAttention, RadialAttention
+
+    names = ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length")
+    settings = {name: WAN_CALL[name] for name in names}
+    pipe = tiny_wan().to(device)
+    file = tmp_path / "x.safetensors"
+    quick = {"search": TuneSearch(densities=(0.0,), order_steps=1), "effects": "none", "rounds": 0}
+    tune(pipe, ["a cat"], [0], Target(density=0.5), out=file, **quick, **settings)
+    pipe.generation = {**settings, "fps": 8}
+    monkeypatch.setattr(tune_bar, "load_pipeline", lambda model: pipe)
+    monkeypatch.setattr(tune_bar, "prompts_of", lambda names: ["a cat", "a dog"])
+    chosen = [("radial", RadialAttention(block=64)), ("draft", DraftAttention(block=64))]
+    monkeypatch.setattr(tune_bar, "uniform", lambda *_: iter(chosen))
+    asked = SimpleNamespace(
+        calibration=file, density=0.5, out=tmp_path, prompts=2, batch=2, no_calibrations=True
+    )
+    bar = tune_bar.measure(SimpleNamespace(**vars(asked), model=None))
+    assert bar["runs"].keys() == {"tuned", "radial", "draft"} and bar["prompts"] == 2
+    ours, theirs = (bar["runs"][name]["psnr"] for name in ("tuned", bar["best"]))
+    assert bar["gain"] == pytest.approx((sum(ours) - sum(theirs)) / 2)
+    assert bar["uniform"][0]["error"] <= bar["uniform"][1]["error"]
+    assert f"Tuned minus {bar['best']}: {bar['gain']:.2f}" in tune_bar.table(bar)
+
+
+def test_the_leaderboard_is_sorted_and_marks_the_tuner():
+    rows = [
+        {"name": "dense", "method": "None", "seconds": 1.0},
+        {"name": "draft", "method": "DraftAttention(dense_steps=4, density=0.25, block=64)"},
+        {"name": "tuned", "method": "TunedAttention(calibration='/secret/x')"},
+    ]
+    for row, density in zip(rows[1:], (0.4, 0.5), strict=True):
+        row |= {"density": density, "psnr": [20.0, 22.0], "ssim": [0.5, 0.7], "seconds": 2.0}
+    lines = leaderboard.table(rows).splitlines()
+    assert lines[3].startswith("| **tuned** | 0.500 | 21.00 ± ") and "/secret" not in lines[3]
+    assert lines[4].endswith("| 0.600 | 2.000 | `density=0.25` |")
+    assert leaderboard.run_densities(16) == [0.625, 0.5125, 0.4375, 0.3625]
