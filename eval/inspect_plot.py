@@ -24,8 +24,10 @@ SCALE = (
 )
 # Mass, as a multiple of what a block would have if all had the same: the ends of the scale.
 LEAST, MOST = 1 / 32, 32
-PANEL, GAP, MARGIN, BAR = 240, 14, 24, 220
+PANEL, GAP, MARGIN, BAR = 172, 14, 24, 220
 TITLE, TEXT, FINE = 17, 14, 12
+# Pixels of the line below a title, and of the colour bar beside it.
+WIDEST_LEGEND = 1000
 
 
 def maps_picture(found: Inspection, step: int) -> Image.Image | None:
@@ -39,8 +41,8 @@ def maps_picture(found: Inspection, step: int) -> Image.Image | None:
     width, height = panels * (PANEL + GAP), PANEL + 52
     across = 2 if panels <= 3 and len(cells) > 1 else 1
     down = math.ceil(len(cells) / across)
-    size = (2 * MARGIN + across * (width + GAP), 2 * MARGIN + 62 + down * height)
-    image, draw = _canvas(size)
+    wide = max(2 * MARGIN + across * (width + GAP), WIDEST_LEGEND)
+    image, draw = _canvas((wide, 2 * MARGIN + 62 + down * height))
     _write(draw, (MARGIN, MARGIN), f"Step {step} of {found.steps}", TITLE)
     _write(draw, (MARGIN, MARGIN + 24), _legend(looks[0]), FINE, FAINT)
     place = (image.width - MARGIN - BAR, MARGIN)
