@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from vdit_sparse.app.bench import bench
 from vdit_sparse.app.estimate_cli import estimate, models
 from vdit_sparse.app.evaluate_cli import evaluation
+from vdit_sparse.app.generate_cli import generate_and_show
 from vdit_sparse.app.inspect_cli import inspect
 from vdit_sparse.app.terminal import INTERRUPTED, OK, bars, complain, errors, print_json
 from vdit_sparse.app.tune_cli import tune
@@ -116,6 +117,7 @@ DenseBackend = Annotated[
     str | None,
     _option(MACHINE, "native, _native_cudnn, flash, _flash_3, xformers or sage."),
 ]
+Parallel = Annotated[str, _option(MACHINE, "Under torchrun: share tokens, guidance or both.")]
 Check = Annotated[
     str,
     _option(
@@ -163,6 +165,7 @@ def generate(
     dtype: Dtype = None,
     device: Device = None,
     dense_backend: DenseBackend = None,
+    parallel: Parallel = "tokens",
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -170,21 +173,7 @@ def generate(
     interrupted = "Interrupted; finished runs and their report are in the output folder."
     with errors(debug, interrupted):
         command = shlex.join(["vdit-sparse", *context.obj["words"]])
-        _generate({**context.params, "command": command})
-
-
-def _generate(words: dict) -> None:
-    from vdit_sparse.app.generate import generate as make
-    from vdit_sparse.app.report import FILE, table
-    from vdit_sparse.app.request import parse_request
-
-    request = parse_request(words)
-    with bars() as progress:
-        report = make(request, progress)
-    console = Console()
-    console.print(table(report.runs))
-    for file in (*report.files, FILE):
-        console.print(str(request.out / file), highlight=False, soft_wrap=True)
+        generate_and_show({**context.params, "command": command})
 
 
 @app.command()

@@ -8,6 +8,7 @@ from vdit_sparse.app.checks import check_before_loading, read_image, smallest_si
 from vdit_sparse.app.environment import commit, machine, versions
 from vdit_sparse.app.loading import call_inputs, load, settings_of, takes_encoded_text
 from vdit_sparse.app.options import RunChoice
+from vdit_sparse.app.processes import processes
 from vdit_sparse.app.report import Finished, Report, files_of_former_report, panel
 from vdit_sparse.app.request import Request
 from vdit_sparse.app.terminal import Progress
@@ -161,6 +162,8 @@ def _facts(pipe, request: Request, settings: dict) -> dict:
             "image": None if request.image is None else str(request.image),
             "text_encoded_once": takes_encoded_text(pipe),
             "warmup_at_full_size": needs_full_warm_up(pipe, request),
+            "processes": processes(),
+            "parallel": request.parallel if processes() > 1 else None,
         },
         "versions": versions(),
         "commit": commit(),

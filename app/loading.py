@@ -7,13 +7,15 @@ from PIL import Image, ImageOps
 
 from vdit_sparse.app.checks import BUNDLED, check_after_loading, check_device
 from vdit_sparse.app.options import DTYPES, InputError
+from vdit_sparse.app.processes import spread
 from vdit_sparse.app.request import Request
 from vdit_sparse.eval.denoise import call_parameters
 from vdit_sparse.pipelines.families import DENOISERS
 
 
 def load(request: Request):
-    """The request's pipeline on its device, with LoRAs, dense backend, offloading and compilation.
+    """The request's pipeline on its device, with LoRAs, dense backend, offloading and compilation,
+    and under torchrun spread over the processes.
 
     Raises InputError for a model, LoRA or backend that cannot be had, or does not fit the request.
     """
@@ -41,6 +43,7 @@ def load(request: Request):
         place(pipe, request.offload, device)
     except MemoryError as error:
         raise InputError(str(error).replace("offload=", "--offload ")) from error
+    spread(pipe, request)
     for model in models:
         if request.compile:
             model.compile_repeated_blocks(fullgraph=True)
