@@ -33,10 +33,10 @@ batch. {machine}. Made by
 
 The single methods have blocks of 64 and the first 4 steps dense; aimed at are densities of 0.5,
 0.35, 0.25 and 0.15 of a sparse step. *tuned* is `vdit-sparse tune --density` at the density of
-the run that these have, searched on other prompts ([tune](tune.md)). ±: 95 % confidence of the mean
-over prompts. Rows are sorted by the density of the run, searches and cache steps counted at 1; compare
-rows of about the same density. Seconds are of denoising, all prompts in one batch. At this size
-nothing is faster than dense attention (docs/performance.md).
+the run that these have, searched on other prompts ([tune](tune.md)). ±: 95 % confidence of the
+mean over prompts. Rows are sorted by the density of the run, searches and cache steps counted at
+1; compare rows of about the same density. Seconds are of denoising, all prompts in one batch. At
+this size nothing is faster than dense attention (docs/performance.md).
 """
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vdit_sparse.tuned_table import NOTHING
 
-HALVINGS = 40
+HALVINGS = 24
 
 
 @dataclass(frozen=True, eq=False)
