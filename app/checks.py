@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from vdit_sparse.app.options import InputError
 from vdit_sparse.app.request import Request
 from vdit_sparse.calibration import read_header
 from vdit_sparse.eval.denoise import call_parameters
+from vdit_sparse.pipelines.checkpoints import Checkpoint, checkpoint_like, checkpoint_of
 
 MOST_SEED = 2**63 - 1
 # What is asked for where the bundled model is: itself, or its few-step variant.
@@ -22,12 +22,13 @@ BUNDLED = (None, "mini-fast")
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a model asks of a video's size: height and width in multiples of `pixels`, and one frame
-    more than a multiple of `frames`."""
+    """What a model asks of a video's size: multiples of `height` and `width` pixels, and `first`
+    frames more than a multiple of `frames`."""
 
     height: int
     width: int
     frames: int
+    first: int = 1
 
 
 def check_before_loading(request: Request) -> None:
@@ -125,28 +126,35 @@ def read_image(path: Path | None) -> Image.Image | None:
 
 
 def geometry_of_folder(model: str | Path | None) -> Geometry | None:
-    """The geometry of the bundled model (None or mini-fast) or of a model in a folder, read off its
-    configuration; None where that does not say."""
+    """The geometry of the bundled model (None or mini-fast), of a published one or of a model in a
+    folder, read off its configuration; None where that does not say."""
+    published = checkpoint_of(str(model))
+    if published is not None:
+        return _geometry(published)
     folder = bundled_model() if model in BUNDLED else Path(model)
     try:
         vae = json.loads((folder / "vae" / "config.json").read_text())
         transformer = json.loads((folder / "transformer" / "config.json").read_text())
-    except (OSError, ValueError):
+        return _geometry(checkpoint_like(transformer["_class_name"], transformer, vae))
+    except (OSError, ValueError, KeyError):
         return None
-    return _geometry(vae, transformer)
 
 
 def geometry_of(pipe) -> Geometry | None:
-    """The geometry of a loaded pipeline; None where its configuration does not say."""
+    """The geometry of a loaded pipeline; None where nothing is known of its class."""
     transformer = pipe.transformer or pipe.transformer_2
-    return _geometry(pipe.vae.config, transformer.config)
+    try:
+        like = checkpoint_like(type(transformer).__name__, transformer.config, pipe.vae.config)
+    except (AttributeError, ValueError):  # a pipeline without an autoencoder, an unknown class
+        return None
+    return _geometry(like)
 
 
 def smallest_size(pipe) -> dict[str, int]:
-    """Arguments of the pipeline's call that make a very small video; none where its configuration
-    does not say what it can be."""
+    """Arguments of the pipeline's call that make a very small video; none where it is not known
+    that the model makes one."""
     unit = geometry_of(pipe)
-    if unit is None:
+    if unit is None or "scale_factor_temporal" not in pipe.vae.config:
         return {}
     return {"height": 2 * unit.height, "width": 2 * unit.width, "num_frames": unit.frames + 1}
 
@@ -165,10 +173,12 @@ def check_size(
                 f"--size: the {name} of this model must be a multiple of {unit} pixels, got "
                 f"{pixels}; nearest: {' and '.join(near)}."
             )
-    if num_frames is not None and (num_frames - 1) % geometry.frames:
-        low = (num_frames - 1) // geometry.frames * geometry.frames + 1
+    first = geometry.first
+    if num_frames is not None and (num_frames - first) % geometry.frames:
+        low = (num_frames - first) // geometry.frames * geometry.frames + first
+        more = "1 more than " if first else ""
         raise InputError(
-            f"--num-frames of this model must be 1 more than a multiple of {geometry.frames}, got "
+            f"--num-frames of this model must be {more}a multiple of {geometry.frames}, got "
             f"{num_frames}; nearest: {low} and {low + geometry.frames}."
         )
 
@@ -201,9 +211,5 @@ def bundled_model() -> Path:
     return next((home for home in homes if home.is_dir()), homes[0])
 
 
-def _geometry(vae: Mapping, transformer: Mapping) -> Geometry | None:
-    spatial, temporal = vae.get("scale_factor_spatial"), vae.get("scale_factor_temporal")
-    patch = transformer.get("patch_size")
-    if not (spatial and temporal and isinstance(patch, list | tuple) and len(patch) == 3):
-        return None
-    return Geometry(spatial * patch[1], spatial * patch[2], temporal * patch[0])
+def _geometry(one: Checkpoint) -> Geometry:
+    return Geometry(one.pixels, one.pixels, one.temporal, one.first_frame)

@@ -124,6 +124,9 @@ def checkpoint_like(transformer: str, config: Mapping, vae: Mapping) -> Checkpoi
     # The published model that shares most of its configuration says what files do not.
     near = max(of_class, key=lambda one: _alike(one.config, config))
     said = {"temporal": _said(vae, "temporal"), "spatial": _said(vae, "spatial")}
+    levels = vae.get("temperal_downsample") or (vae.get("block_out_channels") or ())[1:]
+    if transformer.endswith("2DModel") and levels:
+        said["spatial"] = 2 ** len(levels)
     patch, patch_t = config.get("patch_size"), config.get("patch_size_t")
     if isinstance(patch, list | tuple) and len(patch) == 3:
         patch_t, patch = patch[0], patch[1]

@@ -43,13 +43,13 @@ def check_fits(sizes: Mapping[str, int], offload: str, free: int) -> None:
     """Raises MemoryError, naming the offloading that fits, if the weights do not fit into `free`
     bytes of the device."""
     needed = needed_bytes(sizes, offload)
-    if needed <= FILL * free:
+    if needed <= free:
         return
     advice = fitting_offload(sizes, free)
     others = {"none": "", "model": " (whole models wait in RAM)", "group": " (layers wait in RAM)"}
     raise MemoryError(
         f"The weights need {needed / GIB:.1f} GiB on the device with offload={offload!r}, and "
-        f"{free / GIB:.1f} GiB are free, of which a tenth is for activations: "
+        f"{free / GIB:.1f} GiB are free: "
         + (f"use offload={advice!r}{others[advice]}." if advice else "use a smaller model.")
     )
 

@@ -1,0 +1,49 @@
+"""Sizes are checked before anything is downloaded or loaded."""
+
+import re
+
+import pytest
+
+from tests.tiny_models.catalogue import TINY
+from vdit_sparse.app.checks import (
+    Geometry,
+    check_size,
+    geometry_of,
+    geometry_of_folder,
+    smallest_size,
+)
+
+WORDS = ("--prompt", "a cat", "--device", "cpu", "--method", "dense")
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "message"),
+    [
+        ("wan2.1-t2v-14b", ("--size", "710x1280"), "multiple of 16 pixels, got 710; nearest: 704"),
+        (
+            "Lightricks/LTX-2",
+            ("--size", "720x1280"),
+            "multiple of 32 pixels, got 720; nearest: 704",
+        ),
+        ("ltx2", ("--num-frames", 100), "multiple of 8, got 100; nearest: 97 and 105"),
+        ("allegro", ("--num-frames", 89), "must be a multiple of 4, got 89; nearest: 88 and 92"),
+    ],
+)
+def test_published_models_are_known_without_the_network(model, words, message, cli, tmp_path):
+    result = cli("generate", *WORDS, "--model", model, *words, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and re.search(message, result.stderr), result.output
+
+
+def test_the_geometry_of_what_is_in_hand(tiny_model):
+    assert geometry_of_folder(tiny_model) == Geometry(16, 16, 4)
+    assert geometry_of_folder(None) == geometry_of_folder("mini-fast") is not None
+    assert geometry_of_folder("some/model") is None
+
+
+@pytest.mark.parametrize("name", ["hunyuan-video", "flux", "cogvideox", "mochi", "qwen-image"])
+def test_the_sizes_that_a_loaded_pipeline_runs_at_are_allowed(name):
+    tiny = TINY[name]()
+    unit = geometry_of(tiny.pipe)
+    for call in (tiny.call, tiny.call | tiny.odd):
+        check_size(unit, (call["height"], call["width"]), call.get("num_frames"))
+    assert smallest_size(tiny.pipe) == {}
