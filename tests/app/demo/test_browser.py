@@ -143,8 +143,8 @@ def test_compare_wipe_and_difference(open_page):
     width = 4 * 64
     assert half[: width // 2] == side[0][: width // 2]
     assert half[width // 2 : width] == side[1][width // 2 : width]
-    box = page.locator(".st-screen").bounding_box()
-    page.mouse.click(box["x"] + box["width"] - 1, box["y"] + 5)
+    screen = page.locator(".st-screen")
+    screen.click(position={"x": screen.bounding_box()["width"] - 1, "y": 5})
     assert int(line.get_attribute("aria-valuenow")) >= 98
     page.keyboard.press("3")
     apart = pixels(page, "studio-player canvas")
@@ -168,7 +168,7 @@ def test_look_inside(open_page):
     page.locator(".st-map").first.hover(position={"x": 5, "y": 5})
     assert "attention 1.0000" in said.inner_text()
     page.get_by_role("button", name="layer 1, head 1").click()
-    assert page.get_by_label("Head").input_value() == "1"
+    assert page.get_by_label("Head", exact=True).input_value() == "1"
     page.get_by_role("button", name="Order of the tokens").click()
     assert len(set(pixels(page, ".st-frames canvas"))) > 2
 
@@ -207,4 +207,4 @@ def test_shortcuts_are_listed(open_page):
     page.keyboard.press("?")
     assert "start what the open tab does" in page.locator("dialog").inner_text()
     page.keyboard.press("Escape")
-    assert page.locator("dialog").count() == 0
+    page.wait_for_selector("dialog", state="detached")

@@ -145,30 +145,21 @@ def test_the_api(served):
         client.predict("a cat", ["radiall"], {"model": "tiny"}, api_name="/generate")
 
 
-def test_fifty_requests_and_then_the_queue_is_empty(root, studio):
-    busy = replace(studio, limits=replace(Limits(), waiting=5))
+def test_fifty_requests_and_then_the_queue_is_empty(studio):
+    busy = replace(studio, limits=replace(Limits(), waiting=5, each=50))
     with running(busy) as (address, desk):
-        said = []
-
-        def ask(number: int) -> None:
-            client = Client(address, verbose=False)
-            try:
-                client.predict(
-                    f"cat {number}", ["dense"], {"model": "tiny", "steps": 1}, api_name="/generate"
-                )
-                said.append("made")
-            except AppError as error:
-                said.append(str(error))
-
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(50)]
-        for thread in threads:
-            thread.start()
+        client = Client(address, verbose=False)
+        settings = {"model": "tiny", "steps": 1}
+        jobs = [
+            client.submit(f"cat {number}", ["dense"], settings, api_name="/generate")
+            for number in range(50)
+        ]
         assert httpx.get(f"{address}/studio/forms", timeout=60).status_code == 200
-        for thread in threads:
-            thread.join(120)
-        assert len(said) == 50 and said.count("made") >= 5
-        assert all("runs are waiting already" in text for text in said if text != "made")
-        assert not [job for job in desk.worker.jobs.values() if job.state in ("waiting", "running")]
+        failed = [error for job in jobs if (error := job.exception(timeout=120)) is not None]
+        assert 1 <= len(failed) <= 45
+        assert all("runs are waiting already" in str(error) for error in failed)
+        states = {job.state for job in desk.worker.jobs.values()}
+        assert states == {"finished"} and len(desk.worker.jobs) == 50 - len(failed)
 
 
 def test_one_user_does_not_fill_the_queue():
@@ -231,14 +222,14 @@ def test_a_page_that_leaves_ends_its_run(studio):
 
 LEAVES = """
 from gradio_client import Client
-settings = {"model": "tiny", "steps": 100, "num_frames": 81, "size": "128x128"}
+settings = {"model": "tiny", "steps": 100, "num_frames": 81, "size": "192x192"}
 client = Client("ADDRESS", verbose=False)
 client.predict("a cat", ["dense"], settings, api_name="/generate")
 """
 
 
 def test_a_client_that_leaves_ends_its_run(studio):
-    patient = replace(studio, limits=replace(Limits(), patience=1.0))
+    patient = replace(studio, limits=replace(Limits(), patience=4.0))
     with running(patient) as (address, desk):
         program = [sys.executable, "-c", LEAVES.replace("ADDRESS", address)]
         with subprocess.Popen(program) as client:
