@@ -81,7 +81,7 @@ def remove(target: Target) -> None:
         if has_no_stock_split(model):
             raise RuntimeError(
                 f"The tokens of {type(model).__name__} are split over GPUs, where its stock "
-                "attention cannot run: load it anew."
+                "attention cannot run: load it anew, or let a method's dense_steps be all steps."
             )
         _uninstall(model, run)
 

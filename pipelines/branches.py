@@ -84,12 +84,14 @@ class Branches(ModelHook):
         """The outputs of a batch, of which each process computes half."""
 
         def half(x):
+            if isinstance(x, dict):
+                return {name: half(each) for name, each in x.items()}
+            if isinstance(x, list | tuple):
+                return type(x)(half(each) for each in x)
             whole = isinstance(x, Tensor) and x.ndim and len(x) == rows
             return x.chunk(2)[self.group.rank()] if whole else x
 
-        args = [half(x) for x in args]
-        kwargs = {name: half(x) for name, x in kwargs.items()}
-        return tuple(self._joined(x) for x in self._tensors(args, kwargs))
+        return tuple(self._joined(x) for x in self._tensors(half(args), half(kwargs)))
 
     def _joined(self, x: Tensor) -> Tensor:
         whole = x.new_empty(2 * len(x), *x.shape[1:])
