@@ -207,7 +207,6 @@ def _density(pipe, request: CalibrationRequest, settings: dict, progress: Progre
 
 def _lines(request: CalibrationRequest, found: Calibration, density: float) -> list[str]:
     grid, asked = found.grid, request.model
-    text = f" and {grid.text} of text" if grid.text else ""
     options = {
         "--set": f"calibration={request.out}",
         "--model": asked.model,
@@ -219,8 +218,8 @@ def _lines(request: CalibrationRequest, found: Calibration, density: float) -> l
     use = ["vdit-sparse", "generate", "--method", request.name, *given]
     return [
         f"{request.out}: {request.out.stat().st_size / 1e3:,.1f} kB",
-        f"made for: {grid.frames} x {grid.height} x {grid.width} tokens{text}, {found.layers} "
-        f"layers, {found.steps} steps",
+        f"made for: {grid.frames} x {grid.height} x {grid.width} tokens, {found.layers} layers, "
+        f"{found.steps} steps",
         f"made from: prompts {len(found.prompts)}, seeds {len(found.seeds)}",
         f"density: {density:.3f}, the mean over all self-attention of a run with it",
         f'use it with: {shlex.join(use)} --prompt "..." --out DIR',
