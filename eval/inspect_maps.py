@@ -18,8 +18,9 @@ class HeadPlan:
 
     keep: bool `[nq, nk]`, the visited blocks in plan order; blocks: tokens of a query and of a key
     block; tokens: how many the sequence has.
-    order: int32 `[S']` or None, plan position -> token, -1 for a masked slot; valid: int32 `[nk]`
-    or None, real tokens of each block. Both as in `Plan` and `BlockMask`.
+    order: int32 `[S']`, plan position -> token, -1 for a masked slot, or None where the head keeps
+    the order of the sequence; valid: int32 `[nk]` or None, real tokens of each block. Both as in
+    `Plan` and `BlockMask`.
     """
 
     keep: Tensor
@@ -111,13 +112,11 @@ def head_plan(plan: Plan, row: int, head: int, tokens: int, real: int) -> HeadPl
     if valid is not None:
         starts = torch.arange(nk, device=valid.device) * mask.block_k
         valid = torch.minimum(valid[:nk], (slots - starts).to(torch.int32))
-    return HeadPlan(
-        keep=keep[:nq, :nk],
-        blocks=(mask.block_q, mask.block_k),
-        tokens=real,
-        order=None if order is None else order[:slots],
-        valid=valid,
-    )
+    order = None if order is None else order[:slots]
+    # Where heads have orders of their own, some have that of the sequence.
+    if order is not None and torch.equal(order, torch.arange(real, device=order.device).int()):
+        order = None
+    return HeadPlan(keep[:nq, :nk], (mask.block_q, mask.block_k), real, order, valid)
 
 
 def plan_mass(q: Tensor, k: Tensor, lse: Tensor, plan: HeadPlan) -> Tensor:
