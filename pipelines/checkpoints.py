@@ -124,9 +124,8 @@ def checkpoint_like(transformer: str, config: Mapping, vae: Mapping) -> Checkpoi
     # The published model that shares most of its configuration says what files do not.
     near = max(of_class, key=lambda one: _alike(one.config, config))
     said = {"temporal": _said(vae, "temporal"), "spatial": _said(vae, "spatial")}
-    levels = vae.get("temperal_downsample") or (vae.get("block_out_channels") or ())[1:]
-    if transformer.endswith("2DModel") and levels:
-        said["spatial"] = 2 ** len(levels)
+    if transformer.endswith("2DModel"):
+        said["spatial"] = _halvings(vae)
     patch, patch_t = config.get("patch_size"), config.get("patch_size_t")
     if isinstance(patch, list | tuple) and len(patch) == 3:
         patch_t, patch = patch[0], patch[1]
@@ -178,6 +177,13 @@ def _nearest(given: int, unit: int, over: int) -> str:
 def _said(vae: Mapping, axis: str) -> object:
     keys = (f"scale_factor_{axis}", f"{axis}_compression_ratio")
     return next((vae[key] for key in keys if vae.get(key)), None)
+
+
+def _halvings(vae: Mapping) -> int | None:
+    """Pixels of a latent's side, from the levels of an image autoencoder, or of Qwen's."""
+    if vae.get("block_out_channels"):
+        return 2 ** (len(vae["block_out_channels"]) - 1)
+    return 2 ** len(vae["temperal_downsample"]) if vae.get("temperal_downsample") else None
 
 
 def _alike(published: Mapping, config: Mapping) -> int:
