@@ -5,6 +5,34 @@ import gradio as gr
 FONT = ("ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
+# Gradio's setting -> the variable of static/studio.css, which knows light from dark.
+COLOURS = {
+    "body_background_fill": "--st-paper",
+    "body_text_color": "--st-ink",
+    "body_text_color_subdued": "--st-faint",
+    "background_fill_primary": "--st-card",
+    "background_fill_secondary": "--st-paper",
+    "block_background_fill": "--st-card",
+    "block_border_color": "--st-line",
+    "block_label_background_fill": "--st-card",
+    "block_label_text_color": "--st-faint",
+    "block_title_text_color": "--st-ink",
+    "block_info_text_color": "--st-faint",
+    "border_color_primary": "--st-line",
+    "input_background_fill": "--st-field",
+    "input_background_fill_focus": "--st-field",
+    "input_border_color": "--st-line",
+    "input_border_color_focus": "--st-accent",
+    "color_accent_soft": "--st-soft",
+    "slider_color": "--st-accent",
+    "button_primary_background_fill": "--st-accent",
+    "button_primary_background_fill_hover": "--st-accent-strong",
+    "button_primary_text_color": "--st-on-accent",
+    "button_secondary_background_fill": "--st-field",
+    "button_secondary_text_color": "--st-ink",
+    "button_secondary_border_color": "--st-line",
+}
+
 
 def studio_theme() -> gr.themes.Base:
     """Gradio's parts in the colours that static/studio.css names: paper, ink and one accent."""
@@ -17,32 +45,14 @@ def studio_theme() -> gr.themes.Base:
         font=FONT,
         font_mono=MONO,
     )
+    colours = {
+        f"{name}{mode}": f"var({variable})"
+        for name, variable in COLOURS.items()
+        for mode in ("", "_dark")
+    }
     return theme.set(
-        **_both("body_background_fill", "--st-paper"),
-        **_both("body_text_color", "--st-ink"),
-        **_both("body_text_color_subdued", "--st-faint"),
-        **_both("background_fill_primary", "--st-card"),
-        **_both("background_fill_secondary", "--st-paper"),
-        **_both("block_background_fill", "--st-card"),
-        **_both("block_border_color", "--st-line"),
-        **_both("block_label_background_fill", "--st-card"),
-        **_both("block_label_text_color", "--st-faint"),
-        **_both("block_title_text_color", "--st-ink"),
-        **_both("block_info_text_color", "--st-faint"),
-        **_both("border_color_primary", "--st-line"),
-        **_both("input_background_fill", "--st-field"),
-        **_both("input_background_fill_focus", "--st-field"),
-        **_both("input_border_color", "--st-line"),
-        **_both("input_border_color_focus", "--st-accent"),
+        **colours,
         color_accent="var(--st-accent)",
-        **_both("color_accent_soft", "--st-soft"),
-        **_both("slider_color", "--st-accent"),
-        **_both("button_primary_background_fill", "--st-accent"),
-        **_both("button_primary_background_fill_hover", "--st-accent-strong"),
-        **_both("button_primary_text_color", "--st-on-accent"),
-        **_both("button_secondary_background_fill", "--st-field"),
-        **_both("button_secondary_text_color", "--st-ink"),
-        **_both("button_secondary_border_color", "--st-line"),
         input_border_width="1px",
         block_border_width="0px",
         block_shadow="none",
@@ -53,8 +63,3 @@ def studio_theme() -> gr.themes.Base:
         button_primary_shadow="none",
         layout_gap="14px",
     )
-
-
-def _both(name: str, variable: str) -> dict[str, str]:
-    """A setting for light and dark alike: the variable itself knows which it is."""
-    return {name: f"var({variable})", f"{name}_dark": f"var({variable})"}
