@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import accelerate
@@ -25,7 +25,7 @@ from vdit_sparse.pipelines.attach import denoisers_of
 from vdit_sparse.pipelines.families import family_of
 from vdit_sparse.pipelines.processor import skipped
 
-STEPS = 4
+CACHED_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Feature:
     effect: whether stock output changes with it; where it does not, it is where weights lie.
     tolerance: largest difference between the stock attention and ours when dense.
     package: what has to be installed.
+    steps: of the run; a cache needs a few.
     """
 
     title: str
@@ -42,7 +43,7 @@ class Feature:
     effect: bool = True
     tolerance: float = 0.0
     package: str | None = None
-    call: dict[str, object] = field(default_factory=dict)
+    steps: int = 2
 
 
 def models(pipe: DiffusionPipeline) -> Iterator[torch.nn.Module]:
@@ -153,8 +154,8 @@ def magnitude(pipe, model):
         threshold=10.0,
         max_skip_steps=1,
         retention_ratio=0.25,
-        num_inference_steps=STEPS,
-        mag_ratios=torch.ones(STEPS),
+        num_inference_steps=CACHED_STEPS,
+        mag_ratios=torch.ones(CACHED_STEPS),
     )
 
 
@@ -226,11 +227,11 @@ FEATURES = {
     "lora": Feature("LoRA", load_lora),
     "fuse": Feature("`fuse_qkv_projections`", fuse_projections, effect=False, tolerance=1e-5),
     "backend": Feature("`set_attention_backend`", set_backend),
-    "first-block": Feature("FirstBlockCache", enable(first_block_cache)),
-    "pyramid": Feature("PAB", enable(pyramid)),
-    "magnitude": Feature("MagCache", enable(magnitude)),
-    "taylor": Feature("TaylorSeer", enable(taylor)),
-    "cache-dit": Feature("cache-dit", cache_dit, package="cache_dit"),
+    "first-block": Feature("FirstBlockCache", enable(first_block_cache), steps=CACHED_STEPS),
+    "pyramid": Feature("PAB", enable(pyramid), steps=CACHED_STEPS),
+    "magnitude": Feature("MagCache", enable(magnitude), steps=CACHED_STEPS),
+    "taylor": Feature("TaylorSeer", enable(taylor), steps=CACHED_STEPS),
+    "cache-dit": Feature("cache-dit", cache_dit, package="cache_dit", steps=CACHED_STEPS),
     "layer-skip": Feature("SLG guider (block skipped)", guide()),
     "score-skip": Feature("PAG guider (scores skipped)", guide(**PAG)),
     "int8": Feature("torchao int8 weights", quantize("Int8WeightOnlyConfig"), package="torchao"),

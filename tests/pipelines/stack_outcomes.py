@@ -58,6 +58,9 @@ OTHER_NAMES = Outcome(
     "diffusers' hook asks its blocks for arguments of other names",
     "hidden_states",
 )
+NO_GROUPS = Outcome(
+    "absent", "its transformer says that it cannot", "does not support group offloading"
+)
 UNTOLD = Outcome(
     "absent",
     "its attention does not say whether it is cross-attention, which the hook asks",
@@ -94,6 +97,8 @@ _UNREGISTERED = _of(NO_BLOCK, "allegro", "chroma", "hunyuan-video-1.5", "ltx2", 
 
 # Feature -> entry -> outcome, where it does not simply work.
 OUTCOMES: dict[str, dict[str, Outcome]] = {
+    "group-leaf": _of(NO_GROUPS, "hunyuan-dit"),
+    "group-block": _of(NO_GROUPS, "hunyuan-dit"),
     "lora": _of(NO_LORA, "allegro", "hunyuan-dit", "pixart-sigma"),
     "fuse": {
         **_of(NO_FUSION, "allegro", "cosmos", "hidream", "mochi", "z-image"),

@@ -13,7 +13,7 @@ from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from tests.pipelines import stack_table
-from tests.pipelines.stack_features import FEATURES, STEPS
+from tests.pipelines.stack_features import FEATURES
 from tests.pipelines.stack_outcomes import OUTCOMES, ROWS, outcome_of
 from tests.tiny_models.catalogue import TINY
 from tests.tiny_models.parts import Tiny
@@ -38,15 +38,15 @@ def cells():
 
 
 @torch.no_grad()
-def run(tiny: Tiny, **changes) -> torch.Tensor:
-    call = {**tiny.call, "num_inference_steps": STEPS, **changes}
+def run(tiny: Tiny, steps: int, **changes) -> torch.Tensor:
+    call = {**tiny.call, "num_inference_steps": steps, **changes}
     out = tiny.pipe(**call, generator=torch.Generator().manual_seed(0))[0]
     return torch.stack(list(out))
 
 
 @cache
-def plain(entry: str) -> torch.Tensor:
-    return run(TINY[entry]())
+def plain(entry: str, steps: int) -> torch.Tensor:
+    return run(TINY[entry](), steps)
 
 
 @pytest.fixture(autouse=True)
@@ -71,11 +71,11 @@ def test_cell(name, entry, tmp_path):
     if outcome.kind in ("absent", "stock fails"):
         with pytest.raises(Exception, match=outcome.words):
             feature.put(one.pipe, tmp_path / "one")
-            run(one)
+            run(one, feature.steps)
         return
-    without = plain(entry)
+    without = plain(entry, feature.steps)
     feature.put(one.pipe, tmp_path / "one")
-    wanted = run(one)
+    wanted = run(one, feature.steps)
     graphs = one.pipe.graphs.frame_count if name == "compile" else 0
     if feature.effect:
         assert torch.equal(wanted, without) == (outcome.kind == "no effect")
@@ -88,33 +88,33 @@ def test_cell(name, entry, tmp_path):
         assert other.pipe.graphs.frame_count == graphs
     if feature.package != "cache_dit":  # it goes with the method, and does not come off before
         remove(other.pipe)
-        close(run(other), wanted, feature)
+        close(run(other, feature.steps), wanted, feature)
 
 
 def feature_before_method(tiny: Tiny, wanted: torch.Tensor, feature) -> torch.Tensor:
     apply(tiny.pipe, DENSE)
-    close(run(tiny), wanted, feature)
+    close(run(tiny, feature.steps), wanted, feature)
     calls = summary(tiny.pipe).calls
     apply(tiny.pipe, SPARSE)
-    sparse = run(tiny)
+    sparse = run(tiny, feature.steps)
     done = summary(tiny.pipe)
     assert done.calls == calls > 0 and 0 < done.sparse_density < 1
     assert sparse.isfinite().all() and not torch.equal(sparse, wanted)
     remove(tiny.pipe)
-    close(run(tiny), wanted, feature)
+    close(run(tiny, feature.steps), wanted, feature)
     return sparse
 
 
 def feature_after_method(tiny: Tiny, wanted, sparse, feature, outcome) -> None:
     if outcome.kind in ("apply again", "first"):
         with pytest.raises(RuntimeError, match=outcome.words):
-            run(tiny)
+            run(tiny, feature.steps)
     if outcome.kind == "first":
         return
     if outcome.kind == "works":
-        close(run(tiny), wanted, feature)
+        close(run(tiny, feature.steps), wanted, feature)
     apply(tiny.pipe, SPARSE)
-    close(run(tiny), sparse, feature)
+    close(run(tiny, feature.steps), sparse, feature)
 
 
 def close(one: torch.Tensor, other: torch.Tensor, feature) -> None:
@@ -131,7 +131,7 @@ def test_few_steps_without_guidance_have_dense_ends(entry, steps):
     scales = ("guidance_scale", "true_cfg_scale")
     changes = {name: 1.0 for name in scales if name in tiny.call}
     apply(tiny.pipe, AdaSpaAttention(block=64, dense_steps=1, last_dense_steps=1))
-    out = run(tiny, num_inference_steps=steps, **changes)
+    out = run(tiny, steps, **changes)
     done = summary(tiny.pipe)
     assert out.isfinite().all()
     dense = {entry.step for entry in done.entries if entry.dense}
