@@ -26,8 +26,9 @@ class StudioInspect extends HTMLElement {
     const select = (label, values) => h("select", { "aria-label": label, onchange: (event) => this.go({ [label.toLowerCase()]: Number(event.target.value) }) }, values.map((value) => h("option", { value: String(value) }, String(value))));
     this.selects = { step: select("Step", card.measured), layer: select("Layer", [...new Set(card.looks.map((look) => look.layer))]), head: select("Head", [...Array(card.heads).keys()]) };
     this.numbers = h("p", { class: "st-faint", role: "status" });
-    this.share = this.map("Visited blocks");
-    this.mass = this.map("Exact attention of each block");
+    this.own = h("button", { class: "st-plain", "aria-pressed": "false", onclick: () => { this.planned = !this.planned; this.column = undefined; this.paintMaps(); this.paintFrames(); } });
+    this.share = this.map("Visited blocks", this.own);
+    this.mass = this.map("Exact attention of each block", "in the order of the video");
     this.frames = h("div", { class: "st-frames" });
     this.said = h("p", { class: "st-faint", role: "status" });
     this.mode = h("div", { class: "st-segments", role: "group", "aria-label": "What the frames show" }, [["sees", "What a token sees"], ["order", "Order of the tokens"]].map(([mode, title]) => h("button", { "data-mode": mode, onclick: () => { this.showing = mode; this.paintFrames(); } }, title)));
@@ -47,26 +48,24 @@ class StudioInspect extends HTMLElement {
     return (Math.floor(frames / 2) * height + Math.floor(height / 2)) * width + Math.floor(width / 2);
   }
 
-  map(title) {
+  map(title, beside) {
     const { h } = studio;
     const canvas = h("canvas", { class: "st-map", role: "img", "aria-label": title });
     canvas.addEventListener("pointermove", (event) => this.hover(event, canvas));
     canvas.addEventListener("pointerdown", (event) => this.hover(event, canvas));
-    return { canvas, element: h("figure", {}, h("figcaption", {}, title, h("span", { class: "st-faint" }, "rows: queries")), canvas) };
+    return { canvas, element: h("figure", {}, h("figcaption", {}, title, h("span", { class: "st-faint" }, beside)), canvas) };
   }
 
   // One picture of the video for each latent frame.
   async decode() {
     const { card } = this, count = card.grid[0], pictures = [];
-    const video = studio.h("video", { muted: true, playsInline: true, preload: "auto", src: studio.file(card.name, card.video) });
-    const event = (name) => new Promise((done) => { for (const one of [name, "error"]) video.addEventListener(one, done, { once: true }); });
-    if (video.readyState < 2) await event("loadeddata");
     const each = count > 1 ? (card.frames - 1) / (count - 1) : 1;
-    for (let i = 0; i < count && !video.error; i++) {
-      const there = event("seeked");
-      video.currentTime = (Math.round(i * each) + 0.5) / card.fps;
-      await there;
-      pictures.push(await createImageBitmap(video));
+    try {
+      const video = await studio.frames(studio.file(card.name, card.video), card.fps);
+      for (let i = 0; i < count; i++) pictures.push(await createImageBitmap(await video.seek(Math.round(i * each))));
+      video.close();
+    } catch (error) {
+      studio.say(error.message);
     }
     return pictures;
   }
@@ -132,7 +131,12 @@ class StudioInspect extends HTMLElement {
   paintMaps() {
     const { share, mass, shareShape: [rows, columns] } = this.plan;
     const most = Math.log2(1 + Math.max(...Array.from({ length: Math.min(rows * columns, 4096) }, (_, i) => half(mass[Math.floor((i * rows * columns) / Math.min(rows * columns, 4096))]))) * columns);
-    this.paintMap(this.share.canvas, rows, columns, (i) => colour(share[i] / 255));
+    const planned = this.planned && this.plan.order, [own, others] = this.plan.keepShape;
+    this.own.textContent = planned ? "in the method's order" : "in the order of the video";
+    this.own.disabled = !this.plan.order;
+    this.own.setAttribute("aria-pressed", String(Boolean(planned)));
+    if (planned) this.paintMap(this.share.canvas, own, others, (i) => colour(this.plan.keep[i]));
+    else this.paintMap(this.share.canvas, rows, columns, (i) => colour(share[i] / 255));
     // Logarithmic: most of the attention is in few blocks.
     this.paintMap(this.mass.canvas, rows, columns, (i) => colour(Math.log2(1 + half(mass[i]) * columns) / most));
   }
@@ -152,10 +156,12 @@ class StudioInspect extends HTMLElement {
   // A pair of blocks under the mouse: its first query becomes the token.
   hover(event, canvas) {
     if (!this.plan) return;
-    const box = canvas.getBoundingClientRect(), [rows, columns] = this.plan.shareShape;
+    const planned = this.planned && this.plan.order && canvas === this.share.canvas;
+    const box = canvas.getBoundingClientRect(), [rows, columns] = planned ? this.plan.keepShape : this.plan.shareShape;
     const row = Math.min(rows - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * rows)));
     const column = Math.min(columns - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * columns)));
-    this.look(Math.min(row * this.plan.blocks[0], this.plan.tokens - 1), column);
+    if (planned) this.look(Math.max(0, this.plan.order[row * this.plan.blocks[0]]));
+    else this.look(Math.min(row * this.plan.blocks[0], this.plan.tokens - 1), column);
   }
 
   look(token, column) {
@@ -213,13 +219,14 @@ class StudioInspect extends HTMLElement {
 
   // Row of the token's block, in both maps.
   markMaps() {
-    const row = Math.floor(this.token / this.plan.blocks[0]);
     for (const { canvas } of [this.share, this.mass]) {
+      const planned = this.planned && this.plan.order && canvas === this.share.canvas;
+      const row = Math.floor((planned ? this.plan.places[this.token] : this.token) / this.plan.blocks[0]);
       const context = canvas.getContext("2d");
       context.putImageData(canvas.still, 0, 0);
       context.fillStyle = "rgb(255 255 255 / 45%)";
       context.fillRect(0, row, canvas.width, 1);
-      if (this.column !== undefined) context.fillRect(this.column, 0, 1, canvas.height);
+      if (this.column !== undefined && !planned) context.fillRect(this.column, 0, 1, canvas.height);
     }
   }
 

@@ -92,25 +92,17 @@ class StudioPlayer extends HTMLElement {
   }
 
   async decode(url, bitmaps, size) {
-    const video = studio.h("video", { muted: true, playsInline: true, preload: "auto", src: url });
-    const event = (name) => new Promise((done, fail) => {
-      video.addEventListener(name, done, { once: true });
-      video.addEventListener("error", () => fail(new Error("This browser cannot play the video (H.264).")), { once: true });
-    });
     try {
-      if (video.readyState < 2) await event("loadeddata");
+      const video = await studio.frames(url, this.fps);
       for (let i = 0; i < this.frames && (this.isConnected || i === 0); i++) {
-        const there = event("seeked");
-        video.currentTime = (i + 0.5) / this.fps;
-        await there;
-        bitmaps.push(await (size ? createImageBitmap(video, size) : createImageBitmap(video)));
+        const picture = await video.seek(i);
+        bitmaps.push(await (size ? createImageBitmap(picture, size) : createImageBitmap(picture)));
         if (i === 0 || i === this.frame) this.draw();
       }
+      video.close();
     } catch (error) {
       this.screens.replaceChildren(studio.h("p", { class: "st-error" }, error.message));
     }
-    video.removeAttribute("src");
-    video.load();
   }
 
   play(on) {

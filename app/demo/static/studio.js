@@ -74,8 +74,30 @@ const studio = (() => {
     value === null || value === undefined ? "–" : value >= 90 ? `${Math.floor(value / 60)} min ${Math.round(value % 60)} s` : value >= 10 ? `${Math.round(value)} s` : `${value.toFixed(1)} s`;
   const file = (run, name) => `/studio/files/${run}/${name}`;
 
+  // A video that shows the frames of a file one by one: seek(i) is done when frame i can be drawn.
+  // Browsers may say "seeked" a moment before the picture is there, so the picture's own time counts.
+  async function frames(url, fps) {
+    const video = h("video", { muted: true, playsInline: true, preload: "auto", src: url });
+    const event = (name) => new Promise((done, fail) => {
+      video.addEventListener(name, done, { once: true });
+      video.addEventListener("error", () => fail(new Error("This browser cannot play the video (H.264).")), { once: true });
+    });
+    let shown = -1;
+    const watch = () => video.requestVideoFrameCallback?.((_, about) => { shown = Math.round(about.mediaTime * fps); watch(); });
+    watch();
+    if (video.readyState < 2) await event("loadeddata");
+    const seek = async (i) => {
+      const there = event("seeked");
+      video.currentTime = (i + 0.5) / fps;
+      await there;
+      for (let waited = 0; shown !== i && waited < 15; waited++) await new Promise((done) => setTimeout(done, 10));
+      return video;
+    };
+    return { seek, close: () => { video.removeAttribute("src"); video.load(); } };
+  }
+
   return {
-    bus, get, h, known, type, tab, openTab, visible, say, copy, theme, number, seconds, file,
+    frames, bus, get, h, known, type, tab, openTab, visible, say, copy, theme, number, seconds, file,
     post: (path) => get(path, "POST"),
     on: (name, action) => bus.addEventListener(name, (event) => action(event.detail)),
     tell: (name, detail) => bus.dispatchEvent(new CustomEvent(name, { detail })),
