@@ -91,7 +91,8 @@ def too_few_heads() -> None:
 def split(entry: str, methods: tuple[str, ...], changed: str = "", anything: bool = False) -> dict:
     """Of dense attention and of each method: the largest difference from one process, and in one
     process from dense attention; the density of this process's heads, and of all. changed: other
-    arguments of the call, "odd" or "batch"."""
+    arguments of the call, "batch"; anything: lengths that do not divide (the video's must here, for
+    gloo gathers no unequal parts)."""
     tiny = TINY[entry]()
     call = {**tiny.call, **(getattr(tiny, changed) if changed else {})}
     stock = _run(tiny, call)

@@ -143,8 +143,8 @@ def test_calibrated_plans_are_those_of_the_calls_heads(name, device):
 
 
 @pytest.mark.slow
-def test_every_form_of_model_at_odd_sizes(tmp_path):
-    cases = [("split", name, ("adaspa", "draft"), "odd", True) for name in ENTRIES]
+def test_every_form_of_model(tmp_path):
+    cases = [("split", name, ("adaspa", "draft"), "", True) for name in ENTRIES]
     found = in_processes(cases, tmp_path)
     for case in cases:
         check_split(found, case)
@@ -178,13 +178,13 @@ def test_every_family_that_can_be_split_is_tested():
 def check_split(found: list[dict], case: tuple) -> None:
     for each in found:
         assert isinstance(each[case], dict), each[case]
-        assert each[case]["dense"][0] <= 1e-6
+        # Products of half as many rows may be summed in another order.
+        assert each[case]["dense"][0] <= 5e-6, case
     for name in case[2]:
         aparts, from_dense, densities, whole = zip(
             *(each[case][name] for each in found), strict=True
         )
         assert max(aparts) <= TINY[case[1]]().tolerance, name
-        # A few blocks at odd sizes may all be kept.
-        assert (min(from_dense) > 1e-4 and whole[0] < 1) or "odd" in case, name
+        assert min(from_dense) > 1e-4 and whole[0] < 1, name
         # Heads have densities of their own; the processes have as many each.
         assert sum(densities) / len(found) == pytest.approx(whole[0], abs=1e-6), name
