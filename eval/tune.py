@@ -1,4 +1,12 @@
-"""Who computes how much when, for a density, a PSNR or a speed-up: what `vdit-sparse tune` does."""
+"""Who computes how much when, for a density, a PSNR or a speed-up: what `vdit-sparse tune` does.
+
+1. `TuneSearch` measures what each head loses between dense steps, one sample after the other.
+2. `tune_effect.weights` measures what an error of each step and head does to the final latents.
+3. `tune_allocate.allocate` decides by these weights, by powers of them, and by `rounds` random
+   changes to those of steps and layers. Each schedule is run, and that of least error of the
+   latents is taken: how errors of many heads and steps add up, no sum tells.
+4. For a PSNR or speed-up, bisection finds the density that reaches it.
+"""
 
 import itertools
 import tempfile
@@ -84,33 +92,21 @@ def tune(
     """Finds a schedule on every prompt with every seed, and writes it as a calibration of
     `TunedAttention`.
 
-    1. `TuneSearch` measures what each head loses between dense steps, one sample after the other.
-    2. `tune_effect.weights` measures what an error of each step and head does to the final latents.
-    3. `tune_allocate.allocate` decides by these weights, by powers of them, and by `rounds` random
-       changes to those of steps and layers. Each schedule is run, and that of least error of the
-       latents is taken: how errors of many heads and steps add up, no sum tells.
-    4. For a PSNR or speed-up, bisection finds the density that reaches it.
-
     effects: "head", "layer" or "none", see `weights`; None is "head" up to 100 heads, else "layer".
-    batch: samples that run at once in 2 to 4. settings: the other arguments of the pipeline's call.
-    Stock attention is left behind. Raises
-    ValueError for a target out of reach, and what `calibrate` raises.
+    batch: samples that run at once, but for the measurements. settings: the other arguments of the
+    pipeline's call. Stock attention is left behind, and for a speed-up the fastest dense backend.
+    Raises ValueError for a target out of reach, and what `calibrate` raises.
     """
     from vdit_sparse.pipelines.attach import remove
 
     pairs = list(itertools.product(prompts, seeds))
-    samples = Samples(pipe, *([*part] for part in zip(*pairs, strict=True)), settings, batch)
+    each = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
+    samples = Samples(pipe, *each, settings, batch)
     search = search or TuneSearch()
     try:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "measured.safetensors"
-            runs = runs_of(search, prompts, seeds)
-
-            def on_step(run: int, done: int, total: int) -> None:
-                tell("measuring heads", run * total + done, runs * total)
-
-            inputs = {**settings, "out": file, "on_step": on_step}
-            measured = calibrate(pipe, search, prompts, seeds, **inputs)
+            measured = _measure(pipe, search, prompts, seeds, file, settings, tell)
             problem = Problem(samples, measured, samples.latents(None))
             found = _solve(problem, target, effects, rounds, tell)
     finally:
@@ -120,6 +116,16 @@ def tune(
     final = replace(found.calibration, path=str(out), fields=fields)
     save(final)
     return replace(found, calibration=final)
+
+
+def _measure(pipe, search, prompts, seeds, file: Path, settings: dict, tell: Tell) -> Calibration:
+    """What `TuneRecorder` has seen, as a calibration file of no method."""
+    runs = runs_of(search, prompts, seeds)
+
+    def on_step(run: int, done: int, total: int) -> None:
+        tell("measuring heads", run * total + done, runs * total)
+
+    return calibrate(pipe, search, prompts, seeds, out=file, on_step=on_step, **settings)
 
 
 @dataclass(eq=False)

@@ -80,6 +80,11 @@ def test_bad_targets(given):
         Target(**given)
 
 
+def test_without_prompts_it_says_so(pipe, tmp_path):
+    with pytest.raises(ValueError, match="Tuning needs prompts"):
+        tune(pipe, [], [0], Target(density=0.5), out=tmp_path / "x", **QUICK, **SETTINGS)
+
+
 def test_both_experts_get_a_schedule(device, tmp_path):
     pipe = tiny_wan(experts=2).to(device)
     out = tmp_path / "x.safetensors"
