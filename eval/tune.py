@@ -111,9 +111,13 @@ def tune(
             found = _solve(problem, target, effects, rounds, tell)
     finally:
         remove(pipe)
-    asked = {"target": asdict(target), "effects": effects, "rounds": rounds}
-    fields = {**found.calibration.fields, **asked}
-    final = replace(found.calibration, path=str(out), fields=fields)
+    return _saved(found, out, {"target": asdict(target), "effects": effects, "rounds": rounds})
+
+
+def _saved(found: Tuned, out: str | Path, asked: dict) -> Tuned:
+    """Written to its place, with what was asked for among its fields."""
+    made = found.calibration
+    final = replace(made, path=str(out), fields={**made.fields, **asked})
     save(final)
     return replace(found, calibration=final)
 
