@@ -39,6 +39,7 @@ class Outcome(NamedTuple):
     first: it has to come before the method, which raises the words otherwise.
     absent: diffusers does not have it for the family, and stock raises the words.
     stock fails: it has, and stock raises the words.
+    open: written, but not seen to pass.
     """
 
     kind: str
@@ -67,6 +68,7 @@ UNTOLD = Outcome(
     "is_cross_attention",
 )
 UNREACHED = Outcome("no effect", "stock calls SDPA itself, which no backend reaches")
+NOT_RUN = Outcome("open", "its test has not been run")
 NO_FUSION = Outcome(
     "absent", "its transformer has no `fuse_qkv_projections`", "no attribute 'fuse_qkv_projections'"
 )
@@ -99,6 +101,36 @@ _UNREGISTERED = _of(NO_BLOCK, "allegro", "chroma", "hunyuan-video-1.5", "ltx2", 
 OUTCOMES: dict[str, dict[str, Outcome]] = {
     "group-leaf": _of(NO_GROUPS, "hunyuan-dit"),
     "group-block": _of(NO_GROUPS, "hunyuan-dit"),
+    "sequential": {
+        "hunyuan-dit": Outcome(
+            "stock fails", "accelerate moves a weight that it has no hook for", "meta tensor"
+        )
+    },
+    "compile": {
+        "wan-two-experts": Outcome("open", "its test failed on the CPU, cause not looked into")
+    },
+    "int8": _of(NOT_RUN, "hunyuan-dit"),
+    "fp8": _of(
+        NOT_RUN,
+        "chroma",
+        "cosmos",
+        "flux2-dev",
+        "flux2-klein",
+        "hidream",
+        "hunyuan-dit",
+        "hunyuan-video",
+        "hunyuan-video-1.5",
+        "kandinsky5",
+        "ltx-video",
+        "ltx2",
+        "mochi",
+        "pixart-sigma",
+        "qwen-image",
+        "skyreels-v2",
+        "stable-diffusion-3.5",
+        "wan-two-experts",
+        "wan-vace",
+    ),
     "lora": _of(NO_LORA, "allegro", "hunyuan-dit", "pixart-sigma"),
     "fuse": {
         **_of(NO_FUSION, "allegro", "cosmos", "hidream", "mochi", "z-image"),
@@ -142,7 +174,7 @@ OUTCOMES: dict[str, dict[str, Outcome]] = {
         ),
     },
     "magnitude": {**_UNCACHED, **_UNREGISTERED},
-    "taylor": {**_UNCACHED, **_of(NO_CONTEXT, "chroma", "flux2-dev")},
+    "taylor": {**_UNCACHED, **_of(NO_CONTEXT, "allegro", "chroma", "flux2-dev", "kandinsky5")},
     "cache-dit": {
         **_of(BEFORE, "chroma", "flux", "hidream", "hunyuan-dit", "wan-vace"),
         "ltx2": Outcome("stock fails", "cache-dit 1.5.3 does not know its argument", "sigma"),

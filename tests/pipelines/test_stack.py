@@ -111,7 +111,7 @@ def feature_after_method(tiny: Tiny, wanted, sparse, feature, outcome) -> None:
             run(tiny, feature.steps)
     if outcome.kind == "first":
         return
-    if outcome.kind == "works":
+    if outcome.kind in ("works", "open"):
         close(run(tiny, feature.steps), wanted, feature)
     apply(tiny.pipe, SPARSE)
     close(run(tiny, feature.steps), sparse, feature)
