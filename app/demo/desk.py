@@ -84,9 +84,9 @@ class Desk:
         named = None if model == models.BUNDLED_NAME else model
         return request.prompt, VideoWork(self.pipelines, self.store, request, named)
 
-    def _ended(self, job: Job) -> None:
+    def _ended(self, job: Job, state: str) -> None:
         """What a job left behind that was cancelled or failed is of no use."""
-        if job.state != FINISHED:
+        if state != FINISHED:
             self.store.remove(job.owner, job.name)
 
     def status(self, owner: str, name: str) -> dict | None:

@@ -88,7 +88,7 @@ class Worker:
     """The queue and its thread. A job that nobody asks for is dropped when its turn comes; `ended`
     is told of each that is at its end."""
 
-    def __init__(self, limits: Limits, ended: Callable[[Job], None]):
+    def __init__(self, limits: Limits, ended: Callable[[Job, str], None]):
         self.limits, self.ended = limits, ended
         self.jobs: dict[str, Job] = {}
         self._queue: deque[Job] = deque()
@@ -141,7 +141,7 @@ class Worker:
             if job in self._queue:
                 self._queue.remove(job)
                 job.state, job.doing = CANCELLED, "cancelled"
-                self.ended(job)
+                self.ended(job, CANCELLED)
 
     def _forget(self) -> None:
         ended = [job for job in self.jobs.values() if job.state not in (WAITING, RUNNING)]
@@ -155,22 +155,27 @@ class Worker:
                     self._change.wait()
                 job = self._queue.popleft()
                 job.state, job.began = RUNNING, time.monotonic()
-            self._do(job)
-            self.ended(job)
+            state = self._do(job)
             job.work, job.preview = _nothing, None
+            self.ended(job, state)
             free_memory()
+            # Last, so that whoever sees it finds everything cleared away.
+            job.state = state
 
-    def _do(self, job: Job) -> None:
+    def _do(self, job: Job) -> str:
+        """Works, and gives the state in which the job ends."""
         try:
             job.check()
             job.result = job.work(job)
-            job.state = FINISHED
+            return FINISHED
         except Cancelled as cancelled:
-            job.doing, job.state = str(cancelled), CANCELLED
+            job.doing = str(cancelled)
+            return CANCELLED
         except Exception as error:
             # The worker outlives whatever a model does; the log has the traceback.
             log.warning("job %s failed", job.name[:8], exc_info=error)
-            job.error, job.state = in_words(error), FAILED
+            job.error = in_words(error)
+            return FAILED
 
 
 def in_words(error: Exception) -> str:

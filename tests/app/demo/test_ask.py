@@ -30,7 +30,7 @@ FORMS = [
 def test_the_command_line_asks_for_the_same(form, studio, tmp_path, monkeypatch):
     asked = ask.read(form, studio, tmp_path / "out", {})
     found = {}
-    monkeypatch.setattr(cli, "_generate", found.update)
+    monkeypatch.setattr(cli, "generate_and_show", found.update)
     words = shlex.split(asked.command)[1:]
     words[words.index("--model") + 1] = str(studio.root / "tiny")
     result = CliRunner().invoke(cli.app, words)

@@ -144,7 +144,7 @@ def test_compare_wipe_and_difference(open_page):
     assert half[: width // 2] == side[0][: width // 2]
     assert half[width // 2 : width] == side[1][width // 2 : width]
     screen = page.locator(".st-screen")
-    screen.click(position={"x": screen.bounding_box()["width"] - 1, "y": 5})
+    screen.click(position={"x": screen.bounding_box()["width"] - 3, "y": 60})
     assert int(line.get_attribute("aria-valuenow")) >= 98
     page.keyboard.press("3")
     apart = pixels(page, "studio-player canvas")

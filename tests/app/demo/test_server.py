@@ -164,7 +164,7 @@ def test_fifty_requests_and_then_the_queue_is_empty(studio):
 
 def test_one_user_does_not_fill_the_queue():
     release = threading.Event()
-    queue = Worker(replace(Limits(), waiting=20, each=2), lambda job: None)
+    queue = Worker(replace(Limits(), waiting=20, each=2), lambda job, state: None)
     jobs = [
         Job("a" * 32, new_name(), "generate", "", lambda job: release.wait(30) and {})
         for _ in range(5)
