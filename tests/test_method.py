@@ -23,6 +23,14 @@ class DiagonalAttention(SparseAttention):
         return Plan(BlockMask.from_keep(torch.eye(BLOCKS, dtype=torch.bool), self.block))
 
 
+@dataclass(frozen=True, kw_only=True)
+class AllAttention(SparseAttention):
+    """Every block sees every block."""
+
+    def plan(self, q, k, call):
+        return Plan(BlockMask.full(call.grid.tokens, block=self.block, device=q.device))
+
+
 def call_at(step=0, layer=0, steps=None, layers=4, memory=None):
     return Call(GRID, layer, layers, step, steps, {} if memory is None else memory)
 
@@ -172,6 +180,25 @@ def test_fields_out_of_range_raise(fields, message):
 def test_refresh_list_is_kept_as_a_tuple():
     assert DiagonalAttention(refresh=[0, 3]) == DiagonalAttention(refresh=(0, 3))
     assert hash(DiagonalAttention(refresh=[0, 3])) == hash(DiagonalAttention(refresh=(0, 3)))
+
+
+def test_tiles_of_small_weights_are_skipped_if_asked():
+    q, k, v = inputs()
+    # The last block weighs little against the ones before it.
+    k[..., 128:, :] = -8 * q[..., :1, :]
+    q[:] = q[..., :1, :]
+    near, far = (
+        AllAttention(backend="reference", skip_threshold=threshold)(q, k, v, call_at())
+        for threshold in (1e-30, 0.5)
+    )
+    exact = AllAttention(backend="reference")(q, k, v, call_at())
+    torch.testing.assert_close(near, exact, atol=1e-6, rtol=1e-6)
+    expected = F.scaled_dot_product_attention(q, k[..., :128, :], v[..., :128, :])
+    torch.testing.assert_close(far, expected, atol=1e-6, rtol=1e-6)
+    with pytest.raises(ValueError, match="leave one out"):
+        DiagonalAttention(precision="int8_bf16", skip_threshold=0.1)
+    with pytest.raises(ValueError, match="skip_threshold must be"):
+        DiagonalAttention(skip_threshold=1.5)
 
 
 def test_positional_fields_raise():

@@ -27,6 +27,7 @@ class Origin:
     calibrations: str = ""
 
 
+@dataclass(frozen=True)
 class Heads:
     """The heads of a layer that a call has: here all of them. Where they are spread over GPUs,
     `pipelines/ulysses.py` gives one that knows which."""

@@ -43,6 +43,8 @@ class SparseAttention(ABC):
     block: tokens of a block, 64 or 128.
     precision: "bf16" computes in the dtype of q, k, v; the 8-bit ones are those of
         `block_sparse_attention`.
+    skip_threshold: leave out tiles of small weights in the kernel, see `skipping_attention`: it has
+        the bound of the error. With "bf16" only; on a CPU only `backend="reference"` can.
     backend: kernel backend, or None for the best one on the device. A named one runs or raises.
 
     One object serves all layers, both experts of Wan 2.2 and several pipelines at once: it holds
@@ -56,6 +58,7 @@ class SparseAttention(ABC):
     refresh: str | int | tuple[int | float, ...] = "each"
     block: int = 128
     precision: str = "bf16"
+    skip_threshold: float | None = None
     backend: str | None = None
 
     def __post_init__(self):
@@ -75,12 +78,22 @@ class SparseAttention(ABC):
         if self.backend is not None:
             check_choice("backend", self.backend, tuple(BACKENDS))
         check_choice("precision", self.precision, PRECISIONS)
+        self._check_skipping()
         if isinstance(self.refresh, list):
             object.__setattr__(self, "refresh", tuple(self.refresh))
         if not _is_refresh(self.refresh):
             raise ValueError(
                 'refresh must be "each", "once", a number of steps of at least 1 or a list of '
                 f"steps, got {self.refresh!r}."
+            )
+
+    def _check_skipping(self) -> None:
+        if self.skip_threshold is None:
+            return
+        check_number("skip_threshold", self.skip_threshold, 0, 1)
+        if self.precision != "bf16":
+            raise ValueError(
+                f'skip_threshold goes with precision="bf16", got {self.precision!r}: leave one out.'
             )
 
     @abstractmethod
@@ -90,8 +103,14 @@ class SparseAttention(ABC):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Sparse attention of q, k, v `[B, H, S, D]` -> `[B, H, S, D]`."""
         plan = self.current_plan(q, k, call)
-        how = {"precision": self.precision, "backend": self.backend}
-        return execute(q, k, v, plan, kv_len=call.kv_len, **how)[0]
+        return self.execute(q, k, v, plan, call)[0]
+
+    def execute(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """Runs a plan as the fields say: out `[B, H, S, D]` and lse `[B, H, S]`, see `execute`."""
+        how = {"precision": self.precision, "skip_threshold": self.skip_threshold}
+        return execute(q, k, v, plan, kv_len=call.kv_len, backend=self.backend, **how)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, call: Call, dense: Dense | None = None
@@ -213,6 +232,7 @@ def execute(
     *,
     kv_len: Tensor | None = None,
     precision: str = "bf16",
+    skip_threshold: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs a plan on q, k, v `[B, H, S, D]` -> out `[B, H, S, D]`, lse `[B, H, S]` fp32, both in
@@ -224,6 +244,7 @@ def execute(
     if kv_len is not None and plan.order is not None:
         kv_len = kv_len + (plan.order.shape[-1] - q.shape[2])
     run = {"kv_len": kv_len, "precision": precision, "backend": backend}
+    run["skip_threshold"] = skip_threshold
     if plan.order is None:
         return block_sparse_attention(q, k, v, plan.mask, **run)
     out, lse = block_sparse_attention(

@@ -68,7 +68,7 @@ class TunedAttention(CalibratedAttention):
         plan = state.plan(call)
         call.note.density = plan.mask.kept_share
         how = {"kv_len": call.kv_len, "backend": self.backend}
-        out, lse = execute(q, k, v, plan, precision=self.precision, **how)
+        out, lse = self.execute(q, k, v, plan, call)
         done = state.complete(out, call)
         due = [head for head in state.due(call) if state.level(head, call) != NOTHING]
         if due:

@@ -10,7 +10,7 @@ from vdit_sparse.bands import MASKS, band_attention, band_density, band_plan, ha
 from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse import block_sparse_attention
-from vdit_sparse.method import Call, Plan, SparseAttention, check_choice, check_number, execute
+from vdit_sparse.method import Call, Plan, SparseAttention, check_choice, check_number
 from vdit_sparse.residual import DTYPES, announce, row_bytes, store
 
 
@@ -114,8 +114,7 @@ class RettentionAttention(SparseAttention):
             out = band_attention(q, k, v, call.grid, half, call.kv_len)
             return *out, band_density(call.grid, half)
         plan = self.plan(q, k, call)
-        how = {"precision": self.precision, "backend": self.backend}
-        out = execute(q, k, v, plan, kv_len=call.kv_len, **how)
+        out = self.execute(q, k, v, plan, call)
         return *out, plan.mask.kept_share
 
     def _attend_and_cache(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
