@@ -1,6 +1,7 @@
 """The studio as a web server: its addresses and its Gradio page behind one gate."""
 
 import ipaddress
+import socket
 
 import gradio as gr
 import uvicorn
@@ -66,11 +67,14 @@ def is_loopback(host: str) -> bool:
 
 
 def serve(studio: Studio, host: str, port: int) -> None:
-    """Serves until interrupted. Raises InputError if the port is taken."""
-    server = uvicorn.Server(
-        uvicorn.Config(build_app(studio, host), host=host, port=port, log_level="warning")
-    )
+    """Serves until interrupted. Raises InputError if the address or the port cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        server.run()
+        # uvicorn would end the process, with its own words.
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
-        raise InputError(f"Cannot listen on {host}:{port} ({error.strerror}).") from error
+        raise InputError(
+            f"Cannot listen on {host}:{port} ({error.strerror}): choose another --port."
+        ) from error
+    app = build_app(studio, host)
+    uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning")).run()
