@@ -61,7 +61,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="Sparse attention for diffusers' video transformers: videos, and what they cost.",
+    help="Sparse attention for diffusers' video and image transformers, and what it costs.",
 )
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")
