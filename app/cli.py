@@ -214,7 +214,7 @@ app.command()(tune)
 def demo(
     context: typer.Context,
     host: Annotated[
-        str, _option(MACHINE, "Address to listen on; others see the loopback's only if told.")
+        str, _option(MACHINE, "Address to listen on; 0.0.0.0 lets others in.")
     ] = "127.0.0.1",
     port: Annotated[int, _option(MACHINE, "Port to listen on.")] = 7860,
     auth: Annotated[
