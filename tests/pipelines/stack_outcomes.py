@@ -39,7 +39,6 @@ class Outcome(NamedTuple):
     first: it has to come before the method, which raises the words otherwise.
     absent: diffusers does not have it for the family, and stock raises the words.
     stock fails: it has, and stock raises the words.
-    open: written, but not seen to pass.
     """
 
     kind: str
@@ -107,9 +106,6 @@ OUTCOMES: dict[str, dict[str, Outcome]] = {
     "group-block": _of(NO_GROUPS, "hunyuan-dit"),
     "sequential": {
         "hunyuan-dit": POOLED,
-    },
-    "compile": {
-        "wan-two-experts": Outcome("open", "its test failed on the CPU, cause not looked into")
     },
     "int8": _of(POOLED, "hunyuan-dit"),
     "fp8": _of(POOLED, "hunyuan-dit"),

@@ -13,7 +13,6 @@ MARKS = {
     "first": "first",
     "absent": "–",
     "stock fails": "stock fails",
-    "open": "open",
 }
 # Columns that are no feature of diffusers, and their tests.
 ELSEWHERE = {
@@ -55,18 +54,18 @@ the method, and `remove` leaves the feature on its own. {run}
 - **no effect**: does nothing in stock diffusers either; ours runs as without it.
 - **–**: diffusers does not offer it for the family; it raises.
 - **stock fails**: diffusers offers it, and raises without us too.
-- **open**: has a test that has not been seen to pass.
 
 Numbers are the reasons below each table.
 """
-RUN = """All cells but the open ones ran on 22 November 2026
+RUN = """Every cell ran on 22 November 2026
 on a CPU (torch 2.13, diffusers 0.42.1, accelerate 1.15, peft 0.21.2), none on a GPU."""
 NOTES = """\
 ## Notes
 
 - **Compilation**: `compile_repeated_blocks(fullgraph=True)` where diffusers names the repeated
   blocks, else every block by itself; `aot_eager` on the CPU. A method, the step and the layer are
-  no part of the graph: replacing a method compiles nothing anew. Compile the blocks, not the whole
+  no part of the graph: replacing a method compiles nothing anew; the two experts of
+  Wan 2.2 have a graph each. Compile the blocks, not the whole
   transformer, whose hook would break the graph.
 - **Offload**: model offload is diffusers' own call with the CPU as the device. Sequential offload
   is accelerate's on the transformer, with its weights on `meta` in between. Group offload keeps
