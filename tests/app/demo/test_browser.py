@@ -93,7 +93,7 @@ def test_generate_reload_and_open_again(open_page):
     again.wait_for_selector(DONE.format("generate"))
     tab(again, "Compare")
     again.locator(".st-open").click()
-    assert again.locator("studio-stage[kind=generate] studio-results").is_visible()
+    again.wait_for_selector("studio-stage[kind=generate] studio-results", state="visible")
     again.locator(".st-tile").hover()
     again.get_by_label("Delete this run").click()
     again.wait_for_selector("studio-stage[kind=generate] .st-empty")
