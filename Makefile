@@ -1,6 +1,6 @@
 # Two commands for a fresh checkout; each sets up all it needs from python3 and make:
 #   make generate   a video of the bundled model, dense and with Radial attention, compared
-#   make test       style and tests (what CI runs)
+#   make test       style and tests (what CI runs); make slow has those that take long
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,7 +10,7 @@ READY  := $(VENV)/.ready
 PROMPT ?= a red balloon rises up over a green meadow at sunset
 OUT    ?= outputs/first
 
-.PHONY: generate test style format bench wheel clean
+.PHONY: generate test slow style format bench wheel clean
 
 generate: $(READY)
 	$(BIN)/vdit-sparse generate --prompt "$(PROMPT)" --preset radial-mini --compare dense \
@@ -18,7 +18,11 @@ generate: $(READY)
 
 test: style
 # One thread a process: two processes with two threads each would wait for one another.
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --durations 10
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile --durations 10
+
+# What takes long: every cell of docs/compatibility.md, compilations, a real run in the studio.
+slow: $(READY)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests -m slow -n 2 -p no:logging
 
 style: $(READY)
 	$(BIN)/ruff check .
