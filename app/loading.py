@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageOps
 
-from vdit_sparse.app.checks import BUNDLED, check_after_loading, check_device
+from vdit_sparse.app.checks import check_after_loading, check_device
 from vdit_sparse.app.options import DTYPES, InputError
 from vdit_sparse.app.processes import spread
 from vdit_sparse.app.request import Request
@@ -101,7 +101,7 @@ def _load_error(model: str | None, error: Exception) -> str:
     """One line about a model that could not be loaded. `load_pipeline` says what to do by itself;
     other errors are told with the model's name."""
     said = " ".join(str(error).split())[:500] or type(error).__name__
-    name = model if model not in BUNDLED else "the bundled model"
+    name = model or "the bundled model"
     return said if name in said or isinstance(error, MemoryError) else f"Cannot load {name}: {said}"
 
 

@@ -71,5 +71,4 @@ VARIANTS = {
     "skyreels-v2-i2v",
     "wan-i2v",
     "wan-ti2v",
-    "wan-vace-references",
 }
