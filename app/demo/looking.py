@@ -16,7 +16,7 @@ from vdit_sparse.app.loading import call_inputs, settings_of
 from vdit_sparse.app.options import InputError
 from vdit_sparse.app.request import Request
 from vdit_sparse.eval.files import new_file
-from vdit_sparse.eval.inspect import TABLES, Inspection, Look, inspect
+from vdit_sparse.eval.inspect import TABLES, Inspection, Look, inspect, layers_of
 
 # Bytes of the maps of one run.
 MOST_BYTES = 256 * 2**20
@@ -81,8 +81,6 @@ class InspectWork:
         settings = settings_of(pipe, self.request)
         inputs = call_inputs(pipe, self.request, settings, read_image(self.request.image))
         count = settings["num_inference_steps"]
-        transformer = pipe.transformer or pipe.transformer_2
-        layers = len(getattr(transformer, "blocks", ())) or None
         kept = {name: value for name, value in inputs.items() if name not in OWN}
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             kept.pop(name, None)
@@ -95,7 +93,7 @@ class InspectWork:
                 self.request.prompt,
                 self.request.seed,
                 steps=spread(count, self.steps),
-                layers=None if layers is None else spread(layers, self.layers),
+                layers=spread(layers_of(pipe), self.layers),
                 most_bytes=MOST_BYTES,
                 on_step=lambda done, total: job.progress("looking inside", done, total),
                 **kept,
