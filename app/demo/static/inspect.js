@@ -61,9 +61,8 @@ class StudioInspect extends HTMLElement {
     const { card } = this, count = card.grid[0], pictures = [];
     const each = count > 1 ? (card.frames - 1) / (count - 1) : 1;
     try {
-      const video = await studio.frames(studio.file(card.name, card.video), card.fps);
-      for (let i = 0; i < count; i++) pictures.push(await createImageBitmap(await video.seek(Math.round(i * each))));
-      video.close();
+      const wanted = Array.from({ length: count }, (_, i) => Math.round(i * each));
+      await studio.decode(studio.file(card.name, card.video), card.fps, wanted, (i, picture) => { pictures[wanted.indexOf(i)] = picture; });
     } catch (error) {
       studio.say(error.message);
     }

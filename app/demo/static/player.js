@@ -84,25 +84,23 @@ class StudioPlayer extends HTMLElement {
     const scale = Math.min(1, Math.sqrt(MEMORY / bytes));
     const size = { resizeWidth: Math.round(this.width * scale), resizeHeight: Math.round(this.height * scale), resizeQuality: "medium" };
     this.dataset.ready = "no";
-    await Promise.all(this.tracks.map((track, i) => this.decode(track.url, this.bitmaps[i], scale < 1 ? size : undefined)));
+    const all = Array.from({ length: this.frames }, (_, i) => i);
+    const keep = (bitmaps) => (i, picture) => {
+      bitmaps[i] = picture;
+      if (i === 0 || i === this.frame) this.draw();
+      return this.isConnected;
+    };
+    try {
+      await Promise.all(this.tracks.map((track, i) => studio.decode(track.url, this.fps, all, keep(this.bitmaps[i]), scale < 1 ? size : undefined)));
+    } catch (error) {
+      this.screens.replaceChildren(studio.h("p", { class: "st-error", role: "alert" }, error.message));
+      this.dataset.ready = "failed";
+      return;
+    }
     if (!this.isConnected) return;
     this.dataset.ready = "yes";
     this.draw();
     this.play(!matchMedia("(prefers-reduced-motion: reduce)").matches);
-  }
-
-  async decode(url, bitmaps, size) {
-    try {
-      const video = await studio.frames(url, this.fps);
-      for (let i = 0; i < this.frames && (this.isConnected || i === 0); i++) {
-        const picture = await video.seek(i);
-        bitmaps.push(await (size ? createImageBitmap(picture, size) : createImageBitmap(picture)));
-        if (i === 0 || i === this.frame) this.draw();
-      }
-      video.close();
-    } catch (error) {
-      this.screens.replaceChildren(studio.h("p", { class: "st-error" }, error.message));
-    }
   }
 
   play(on) {

@@ -80,7 +80,7 @@ const studio = (() => {
     const video = h("video", { muted: true, playsInline: true, preload: "auto", src: url });
     const event = (name) => new Promise((done, fail) => {
       video.addEventListener(name, done, { once: true });
-      video.addEventListener("error", () => fail(new Error("This browser cannot play the video (H.264).")), { once: true });
+      video.addEventListener("error", () => fail(new Error(`This browser cannot play the video (H.264): ${video.error?.message || "it does not say why"}.`)), { once: true });
     });
     let shown = -1;
     const watch = () => video.requestVideoFrameCallback?.((_, about) => { shown = Math.round(about.mediaTime * fps); watch(); });
@@ -96,8 +96,24 @@ const studio = (() => {
     return { seek, close: () => { video.removeAttribute("src"); video.load(); } };
   }
 
+  // Hands keep(i, picture) each wanted frame of a file, until keep says false. Tries twice, since a
+  // busy browser now and then gives up on a video.
+  async function decode(url, fps, wanted, keep, size, tries = 2) {
+    try {
+      const video = await frames(url, fps);
+      for (const i of wanted) {
+        const seen = await video.seek(i);
+        if (keep(i, await (size ? createImageBitmap(seen, size) : createImageBitmap(seen))) === false) break;
+      }
+      video.close();
+    } catch (error) {
+      if (tries < 2) throw error;
+      await decode(url, fps, wanted, keep, size, tries - 1);
+    }
+  }
+
   return {
-    frames, bus, get, h, known, type, tab, openTab, visible, say, copy, theme, number, seconds, file,
+    decode, bus, get, h, known, type, tab, openTab, visible, say, copy, theme, number, seconds, file,
     post: (path) => get(path, "POST"),
     on: (name, action) => bus.addEventListener(name, (event) => action(event.detail)),
     tell: (name, detail) => bus.dispatchEvent(new CustomEvent(name, { detail })),

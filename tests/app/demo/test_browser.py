@@ -10,6 +10,7 @@ import shutil
 import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api")
+expect = sync_api.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
 
@@ -88,7 +89,7 @@ def test_generate_reload_and_open_again(open_page):
     with page.expect_download() as download:
         card.get_by_role("link", name="radial.mp4").click()
     assert download.value.suggested_filename == "radial.mp4"
-    assert page.locator(".st-tile").count() == 1
+    expect(page.locator(".st-tile")).to_have_count(1)
     again = open_page(page.context)
     again.wait_for_selector(DONE.format("generate"))
     tab(again, "Compare")
@@ -97,7 +98,7 @@ def test_generate_reload_and_open_again(open_page):
     again.locator(".st-tile").hover()
     again.get_by_label("Delete this run").click()
     again.wait_for_selector("studio-stage[kind=generate] .st-empty")
-    assert again.locator(".st-tile").count() == 0
+    expect(again.locator(".st-tile")).to_have_count(0)
     # Another user sees none of it.
     assert open_page().locator(".st-tile").count() == 0
 
@@ -126,7 +127,7 @@ def test_compare_wipe_and_difference(open_page):
     choose_tiny(page, "compare", ["radial", "draft"])
     page.locator("#start-compare").click()
     page.wait_for_selector(DONE.format("compare"))
-    assert page.locator("studio-player canvas").count() == 3
+    expect(page.locator("studio-player canvas")).to_have_count(3)
     rows = page.locator("studio-results tbody tr").all_inner_texts()
     assert [re.split(r"\s", row)[0] for row in rows] == ["dense", "radial", "draft"]
     # All are at the same frame, however they are moved.
@@ -160,7 +161,7 @@ def test_look_inside(open_page):
     choose_tiny(page, "inspect", ["draft"])
     page.locator("#start-inspect").click()
     page.wait_for_selector("studio-inspect[data-ready=yes]")
-    assert page.locator(".st-frames canvas").count() == 3
+    expect(page.locator(".st-frames canvas")).to_have_count(3)
     page.locator(".st-frames canvas").nth(1).hover(position={"x": 2, "y": 2})
     said = page.locator("studio-inspect .st-views p")
     # 2 x 4 tokens a frame.
