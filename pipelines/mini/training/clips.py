@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vdit_sparse.pipelines.mini.training.captions import Spec
-from vdit_sparse.pipelines.mini.training.pacing import report
+from vdit_sparse.pipelines.mini.training.pacing import report, stopping
 from vdit_sparse.pipelines.mini.training.video import ProceduralVideo
 
 # First seeds of the generator's batches: every use has its own million, so none sees another's.
@@ -73,7 +73,9 @@ def render_specs(shape: ClipShape, limit: Limit, seed: int) -> Iterator[tuple[Te
         device=shape.device, height=shape.height, width=shape.width, frames=shape.frames
     )
     start, done = time.perf_counter(), 0
-    while not done or (done < limit.clips and time.perf_counter() - start < limit.seconds):
+    while not done or (
+        done < limit.clips and time.perf_counter() - start < limit.seconds and not stopping()
+    ):
         count = min(batch, limit.clips - done)
         video, _, specs = generator.batch(count, seed)
         yield video, specs

@@ -28,6 +28,7 @@ from vdit_sparse.pipelines.mini.training.pacing import (
     Pace,
     TimedAverage,
     report,
+    stopping,
 )
 
 WARM_UP = 100
@@ -90,6 +91,8 @@ def train_denoiser(
     library = LatentLibrary(checkpoints, sizes, shape.device)
     losses = []
     for place, stage in stages:
+        if stopping():
+            break
         report(f"stage {place}: {stage}")
         losses += _train_stage(run, Batches(library, place, stage), stage, start)
         checkpoints.save("denoiser", run.state())
@@ -121,7 +124,7 @@ class _Run:
     def compile(self, kinds: list[Kind]) -> None:
         """Runs one step of every shape, without learning from it, before the clock starts."""
         dice = random.Random(0)
-        for kind in kinds if self.compiled else ():
+        for kind in kinds if self.compiled and not stopping() else ():
             start = time.perf_counter()
             self.loss(kind.draw(dice)).backward()
             self.model.zero_grad(set_to_none=True)
@@ -171,7 +174,7 @@ def _train_stage(
     }
     dice = random.Random(run.step)
     first, before = run.step, run.average.trained
-    while pace.fraction() < 1 or run.step == first:
+    while pace.fraction() < 1 or (run.step == first and not stopping()):
         kind = batches.choose(dice, pace.fraction())
         batch = kind.draw(dice)
         loss = run.loss(batch)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from vdit_sparse.pipelines.mini.training.judge_labels import classes
@@ -21,6 +21,8 @@ FRAMES, HEIGHT, WIDTH = 8, 64, 112
 
 CONFIG, WEIGHTS = "config.json", "judge.safetensors"
 _REDUCTION = 8
+# Matrices from this many numbers on are stored in 8 bits; the folder of the model is full.
+_EIGHT_BITS_FROM, _MOST, _SCALE = 4096, 127, ":scale"
 
 
 @dataclass(frozen=True)
@@ -195,16 +197,38 @@ class _Attention(nn.Module):
 
 
 def save_judge(network: JudgeNetwork, folder: Path, facts: dict) -> int:
-    """Writes bf16 weights and `config.json` (sizes, classes, `facts`); returns their bytes.
+    """Writes the weights, kernels and matrices in 8 bits, one scale for each output, the rest in
+    bf16, and `config.json` (sizes, classes, `facts`); returns the bytes of both.
 
     facts: what else a reader of the config should know, for instance `held_out` accuracies.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: t.to(torch.bfloat16).contiguous() for name, t in network.state_dict().items()}
-    save_file(weights, folder / WEIGHTS)
+    weights = {}
+    for name, tensor in network.state_dict().items():
+        weights |= _stored(name, tensor.detach().float().cpu())
+    # safetensors' own file would be readable by its owner alone, in a wheel too.
+    (folder / WEIGHTS).write_bytes(save(weights))
     config = {"sizes": asdict(network.sizes), "classes": network.names, **facts}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     return sum((folder / name).stat().st_size for name in (CONFIG, WEIGHTS))
+
+
+def _stored(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    if tensor.ndim < 2 or tensor.numel() < _EIGHT_BITS_FROM:
+        return {name: tensor.to(torch.bfloat16).contiguous()}
+    largest = tensor.flatten(1).abs().amax(1).clamp(min=1e-30)
+    rows = tensor / largest.view(-1, *[1] * (tensor.ndim - 1)) * _MOST
+    return {name: rows.round().to(torch.int8).contiguous(), name + _SCALE: largest / _MOST}
+
+
+def _restored(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name in (name for name in stored if not name.endswith(_SCALE)):
+        tensor = stored[name].float()
+        if name + _SCALE in stored:
+            tensor *= stored[name + _SCALE].view(-1, *[1] * (tensor.ndim - 1))
+        found[name] = tensor
+    return found
 
 
 def load_network(folder: Path) -> tuple[JudgeNetwork, dict]:
@@ -221,5 +245,5 @@ def load_network(folder: Path) -> tuple[JudgeNetwork, dict]:
     sizes = {name: tuple(v) if isinstance(v, list) else v for name, v in config["sizes"].items()}
     names = {name: tuple(each) for name, each in config["classes"].items()}
     network = JudgeNetwork(JudgeSizes(**sizes), names)
-    network.load_state_dict(load_file(folder / WEIGHTS))
+    network.load_state_dict(_restored(load_file(folder / WEIGHTS)))
     return network.eval().requires_grad_(False), config

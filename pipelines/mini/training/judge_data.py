@@ -12,7 +12,7 @@ from vdit_sparse.pipelines.mini.training.captions import Spec
 from vdit_sparse.pipelines.mini.training.clips import Limit, from_bytes, to_bytes
 from vdit_sparse.pipelines.mini.training.judge import resample
 from vdit_sparse.pipelines.mini.training.judge_labels import classes, labels
-from vdit_sparse.pipelines.mini.training.pacing import report
+from vdit_sparse.pipelines.mini.training.pacing import report, stopping
 from vdit_sparse.pipelines.mini.training.video import ProceduralVideo
 from vdit_sparse.pipelines.mini.training.whole_clip import WholeClip
 
@@ -87,7 +87,9 @@ def _renders(
     most = _BATCH_BYTES.get(torch.device(device).type, 2**28)
     batch = max(1, most // (12 * frames * height * width))
     start, done = time.perf_counter(), 0
-    while not done or (done < limit.clips and time.perf_counter() - start < limit.seconds):
+    while not done or (
+        done < limit.clips and time.perf_counter() - start < limit.seconds and not stopping()
+    ):
         count = min(batch, limit.clips - done)
         video, _, specs = generator.batch(count, seed)
         yield video, specs

@@ -120,6 +120,11 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
 times of day, an empty slot and a thing that has no named colour are never counted as right."""
 
 
+def has_moving_camera(spec: Spec) -> bool:
+    """Whether the camera of the clip moves; clips with and without are also counted apart."""
+    return spec.camera != "static"
+
+
 def score(answers: Sequence[Labels], truths: Sequence[Labels]) -> dict[str, Score]:
     """Row -> how many answers were right, over clips.
 

@@ -27,7 +27,12 @@ from vdit_sparse.pipelines.mini.training.judge_data import (
     augment,
     fill_pool,
 )
-from vdit_sparse.pipelines.mini.training.judge_labels import Score, labels, score
+from vdit_sparse.pipelines.mini.training.judge_labels import (
+    Score,
+    has_moving_camera,
+    labels,
+    score,
+)
 from vdit_sparse.pipelines.mini.training.models import Sizes
 from vdit_sparse.pipelines.mini.training.pacing import Average, Meter, Optimizers, Pace, report
 from vdit_sparse.pipelines.mini.training.whole_clip import WholeClip
@@ -120,7 +125,7 @@ def train_judge(
     meter.flush(step)
     facts = {"trained": {"steps": step, **asdict(settings)}}
     save_judge(average.module, folder, facts)
-    # Measured as loaded, so with weights rounded to bf16.
+    # Measured as loaded, so with weights rounded to what the file holds.
     network, config = load_network(folder)
     facts["held_out"] = measure_pools(network.to(shape.device), pools)
     size = save_judge(network, folder, {**config, **facts})
@@ -173,13 +178,26 @@ def judge_loss(
 
 
 def measure_pools(network: JudgeNetwork, pools: JudgePools) -> dict:
-    """Accuracy per row of a report on held-out clips: `renders`, and `autoencoded` if there are."""
+    """Accuracy per row of a report on held-out clips: `renders`, those of them with a `static` and
+    with a `moving` camera, and `autoencoded` if there are."""
     found = {"clips": len(pools.held_out.specs)}
     for name, pool in (("renders", pools.held_out), ("autoencoded", pools.held_out_coded)):
         if pool is not None:
-            rows = measure(network, pool)
-            found[name] = {row: each.accuracy for row, each in rows.items() if each.asked}
+            found[name] = _accuracies(measure(network, pool))
+    for name, moving in (("static", False), ("moving", True)):
+        found[name] = _accuracies(measure(network, _filmed(pools.held_out, moving)))
     return found
+
+
+def _accuracies(rows: dict[str, Score]) -> dict[str, float]:
+    return {row: each.accuracy for row, each in rows.items() if each.asked}
+
+
+def _filmed(pool: Pool, moving: bool) -> Pool:
+    """The clips of a pool whose camera moves, or those where it does not."""
+    chosen = [i for i, spec in enumerate(pool.specs) if has_moving_camera(spec) == moving]
+    specs = tuple(pool.specs[i] for i in chosen)
+    return Pool(pool.clips[chosen], pool.answers[chosen], specs)
 
 
 @torch.no_grad()

@@ -2,8 +2,11 @@
 
 import copy
 import math
+import signal
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +14,33 @@ from torch import Tensor, nn
 from vdit_sparse.pipelines.mini.training.muon import Muon
 
 _PROCESS_START = time.perf_counter()
+_STOP = threading.Event()
 
 
 def report(*words: object) -> None:
     """Prints one line with the seconds since the process started."""
     print(f"[{time.perf_counter() - _PROCESS_START:6.1f} s]", *words, flush=True)
+
+
+@contextmanager
+def stopped_by_signal() -> Iterator[None]:
+    """Within it SIGTERM ends rendering and training early, so that a stage saves what it has; what
+    `timeout` sends is SIGTERM. In a thread other than the main one signals stay as they are."""
+    _STOP.clear()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: _STOP.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _STOP.clear()
+
+
+def stopping() -> bool:
+    """Whether SIGTERM came: time is up, save and end."""
+    return _STOP.is_set()
 
 
 class Pace:
@@ -40,7 +65,9 @@ class Pace:
         return time.perf_counter() - self.start
 
     def fraction(self) -> float:
-        """Returns the elapsed share of the time, 0 to 1."""
+        """Returns the elapsed share of the time, 0 to 1; 1 once the process is told to stop."""
+        if stopping():
+            return 1.0
         return min(1.0, self.elapsed() / max(self.seconds, 1e-9))
 
     def factor(self, step: int) -> float:

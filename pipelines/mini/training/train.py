@@ -41,7 +41,7 @@ from vdit_sparse.pipelines.mini.training.distill import (
 from vdit_sparse.pipelines.mini.training.judge import JUDGES
 from vdit_sparse.pipelines.mini.training.judge_training import JudgeSettings, train_judge
 from vdit_sparse.pipelines.mini.training.models import SIZES
-from vdit_sparse.pipelines.mini.training.pacing import report
+from vdit_sparse.pipelines.mini.training.pacing import report, stopped_by_signal, stopping
 from vdit_sparse.pipelines.mini.training.sample import PROMPTS, Sampling, load, sample_sheet
 from vdit_sparse.pipelines.mini.training.structure import measure, table
 from vdit_sparse.pipelines.mini.training.tokenizer import train_tokenizer
@@ -49,6 +49,8 @@ from vdit_sparse.pipelines.mini.training.tokenizer import train_tokenizer
 JOINT = "then"
 # All stages of one command line share dynamo's count of graphs per function; its limit of 8 is low.
 COMPILED_SHAPES = 64
+# What still runs after SIGTERM: it turns what was saved into weights to use.
+QUICK = ("export",)
 STRUCTURE_PROMPTS = (PROMPTS[2], PROMPTS[5])
 
 
@@ -60,11 +62,15 @@ def main(arguments: list[str] | None = None) -> None:
     if not stages:
         build_parser().parse_args([])
     with (
+        stopped_by_signal(),
         torch._dynamo.config.patch(recompile_limit=COMPILED_SHAPES),
         torch.backends.cudnn.flags(enabled=True, benchmark=True),
     ):
         for options in stages:
-            _run(options)
+            if stopping() and options.stage not in QUICK:
+                report(f"stage {options.stage} left out: told to stop")
+            else:
+                _run(options)
 
 
 def _run(options: argparse.Namespace) -> None:
