@@ -120,9 +120,9 @@ def _chosen(pipe, request: InspectRequest, settings: dict) -> dict[str, Numbers]
     sparse = sparse_steps(request.choice.method, layers, steps)
     chosen = {}
     for name, numbers, count, few in (
-        ("layers", request.layers, layers, _spread(range(layers), LAYERS)),
-        ("heads", request.heads, heads, _spread(range(heads), HEADS)),
-        ("steps", request.steps, steps, _spread(sparse or range(steps), STEPS)),
+        ("layers", request.layers, layers, spread(range(layers), LAYERS)),
+        ("heads", request.heads, heads, spread(range(heads), HEADS)),
+        ("steps", request.steps, steps, spread(sparse or range(steps), STEPS)),
     ):
         if numbers and max(numbers) >= count:
             raise InputError(f"--{name} must be from 0 to {count - 1}, got {max(numbers)}.")
@@ -136,11 +136,13 @@ def sparse_steps(method: SparseAttention, layers: int, steps: int) -> list[int]:
     return [step for step in range(steps) if not method.is_dense(Call(*place, step, steps, {}))]
 
 
-def _spread(numbers: Sequence[int], count: int) -> tuple[int, ...]:
-    """At most `count` of the numbers, evenly apart, the first and the last among them."""
+def spread(numbers: Sequence[int], count: int) -> tuple[int, ...]:
+    """At most `count` of the numbers, evenly apart, first and last among them; one alone is the
+    middle."""
+    if count == 1:
+        return (numbers[len(numbers) // 2],)
     last = len(numbers) - 1
-    picked = [numbers[round(at * last / max(count - 1, 1))] for at in range(count)]
-    return tuple(dict.fromkeys(picked))
+    return tuple(dict.fromkeys(numbers[round(at * last / (count - 1))] for at in range(count)))
 
 
 def _facts(pipe, request: Request, settings: dict) -> dict:

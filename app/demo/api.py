@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache
@@ -23,15 +24,23 @@ def add_api(desk: Desk) -> None:
         gr.JSON(visible=False),
         gr.JSON(visible=False),
     )
+    image, calibration = gr.File(visible=False), gr.File(visible=False)
     card, files = gr.JSON(visible=False), gr.File(file_count="multiple", visible=False)
 
-    async def generate(prompt: str, runs: list, settings: dict, request: gr.Request):
+    async def generate(
+        prompt: str,
+        runs: list,
+        settings: dict | None = None,
+        image: str | None = None,
+        calibration: str | None = None,
+        request: gr.Request = None,
+    ):
         """One run, or dense attention and others on the same noise."""
-        form = {**(settings or {}), "prompt": prompt, "runs": runs}
         owner = owner_in(request) or owner_of(f"session {request.session_hash}")
+        form = {"prompt": prompt, "runs": runs}
+        uploads = {"image": image, "calibration": calibration}
         try:
-            kind = "generate" if isinstance(runs, list) and len(runs) == 1 else "compare"
-            job = await asyncio.to_thread(desk.submit, owner, kind, form)
+            job = await asyncio.to_thread(_submitted, desk, owner, form, settings, uploads)
         except InputError as error:
             raise gr.Error(in_words(error), print_exception=False) from error
         async for shown in _followed(desk, job):
@@ -43,13 +52,28 @@ def add_api(desk: Desk) -> None:
 
     gr.Button(visible=False).click(
         generate,
-        [prompt, runs, settings],
+        [prompt, runs, settings, image, calibration],
         [card, files],
         api_name="generate",
         # The worker has a queue of its own.
         concurrency_limit=None,
     )
     gr.api(desk.forms, api_name="methods", queue=False)
+
+
+def _submitted(
+    desk: Desk, owner: str, form: dict, settings: object, uploads: dict[str, str | None]
+) -> Job:
+    """The job of a call, after its files were judged and kept. Raises InputError."""
+    if not isinstance(settings, dict | None):
+        raise InputError('The settings must be an object such as {"seed": 3}.')
+    form = {**(settings or {}), **form}
+    for name, keep in (("image", desk.upload_image), ("calibration", desk.upload_calibration)):
+        if uploads[name] is not None:
+            form[name] = keep(owner, Path(uploads[name]))[0]
+    runs = form["runs"]
+    kind = "generate" if isinstance(runs, list) and len(runs) == 1 else "compare"
+    return desk.submit(owner, kind, form)
 
 
 async def _followed(desk: Desk, job: Job) -> AsyncIterator[dict]:

@@ -31,7 +31,6 @@ ENTRIES = {
 TYPES = {str: "text", int: "a whole number", list: "a list", NUMBER: "a number"}
 # Of these the command line has options of the same name.
 OPTIONS = ("negative_prompt", "guidance_scale", "steps", "seed", "size", "num_frames", "dtype")
-UPLOADS = ("calibration", "image")
 # What the studio decides, as the words of a command line.
 FIXED = {
     "method": DENSE,
@@ -45,8 +44,9 @@ FIXED = {
     "check": "warn",
     "overwrite": True,
 }
-# What uploads are called in the command line.
+# What uploads are called in the folder of a run and in its command line.
 CALIBRATION, IMAGE = "calibration.safetensors", "image.png"
+UPLOADS = {"calibration": CALIBRATION, "image": IMAGE}
 
 
 def read(form: dict, studio: Studio, out: Path, uploads: dict[str, Path]) -> Request:

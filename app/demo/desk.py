@@ -1,6 +1,7 @@
 """What the doors of the studio (its page, its addresses, its API) call: a user's jobs and runs."""
 
 import io
+import shutil
 import warnings
 from pathlib import Path
 
@@ -78,11 +79,22 @@ class Desk:
 
     def _video(self, owner: str, name: str, form: dict) -> tuple[str, VideoWork]:
         out = self.store.folder(owner, name)
-        request = ask.read(form, self.studio, out, self.store.uploads(owner))
+        request = ask.read(form, self.studio, out, self._kept(owner, out, form))
         check_before_loading(request)
         model = form.get("model") or models.BUNDLED_NAME
         named = None if model == models.BUNDLED_NAME else model
         return request.prompt, VideoWork(self.pipelines, self.store, request, named)
+
+    def _kept(self, owner: str, out: Path, form: dict) -> dict[str, Path]:
+        """The uploads of a user that a form names, by these names, in the folder of its run: what
+        they upload later takes nothing away from a run that waits, and the run can be repeated."""
+        found, kept = self.store.uploads(owner), {}
+        for entry, name in ask.UPLOADS.items():
+            source = found.get(str(form.get(entry)))
+            if source is not None:
+                out.mkdir(parents=True, exist_ok=True)
+                kept[source.name] = Path(shutil.copy(source, out / name))
+        return kept
 
     def _ended(self, job: Job, state: str) -> None:
         """What a job left behind that was cancelled or failed is of no use."""

@@ -9,9 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from vdit_sparse.app.checks import read_image
+from vdit_sparse.app.demo.ask import UPLOADS
 from vdit_sparse.app.demo.runs import PICTURE, Pipelines, VideoWork, watching
 from vdit_sparse.app.demo.store import Store
 from vdit_sparse.app.demo.worker import Job
+from vdit_sparse.app.inspect import spread
 from vdit_sparse.app.loading import call_inputs, settings_of
 from vdit_sparse.app.options import InputError
 from vdit_sparse.app.request import Request
@@ -62,9 +64,9 @@ class InspectWork:
     def _same_run(self, job: Job) -> dict | None:
         """The card of a run that made the video of this request, with its files copied here."""
         for card in self.store.cards(job.owner):
+            old = self.store.folder(job.owner, card["name"])
             same = card.get("command") == self.request.command and card["kind"] == "generate"
-            if same:
-                old = self.store.folder(job.owner, card["name"])
+            if same and _same_uploads(old, self.request.out):
                 self.request.out.mkdir(parents=True, exist_ok=True)
                 shutil.copy(old / card["runs"][0]["file"], self.request.out / VIDEO)
                 for name in (*card["files"], PICTURE):
@@ -92,8 +94,8 @@ class InspectWork:
                 self.request.runs[0].method,
                 self.request.prompt,
                 self.request.seed,
-                steps=spread(count, self.steps),
-                layers=spread(layers_of(pipe), self.layers),
+                steps=spread(range(count), self.steps),
+                layers=spread(range(layers_of(pipe)), self.layers),
                 most_bytes=MOST_BYTES,
                 on_step=lambda done, total: job.progress("looking inside", done, total),
                 **kept,
@@ -102,12 +104,11 @@ class InspectWork:
             raise InputError(str(error)) from error
 
 
-def spread(count: int, wanted: int) -> tuple[int, ...]:
-    """`wanted` of the numbers below `count`, first and last among them; one alone is the middle."""
-    if wanted == 1:
-        return (count // 2,)
-    wanted = min(wanted, count)
-    return tuple(round(i * (count - 1) / max(wanted - 1, 1)) for i in range(wanted))
+def _same_uploads(old: Path, new: Path) -> bool:
+    """Whether two runs had the same files; their command lines call all of them the same."""
+    files = [[folder / name for folder in (old, new)] for name in UPLOADS.values()]
+    contents = [[file.read_bytes() if file.is_file() else None for file in two] for two in files]
+    return all(before == now for before, now in contents)
 
 
 def write_look(folder: Path, look: Look) -> dict:

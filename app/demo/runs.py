@@ -10,6 +10,7 @@ from torch import nn
 from vdit_sparse import remove
 from vdit_sparse.app import loading
 from vdit_sparse.app.checks import check_after_loading
+from vdit_sparse.app.demo.ask import UPLOADS
 from vdit_sparse.app.demo.preview import Preview
 from vdit_sparse.app.demo.script import script
 from vdit_sparse.app.demo.store import Store
@@ -88,6 +89,7 @@ class VideoWork:
         for file, content in ((SCRIPT, text), (COMMAND, self.request.command + "\n")):
             with new_file(out / file) as temporary:
                 temporary.write_text(content)
+        uploads = [name for name in UPLOADS.values() if (out / name).is_file()]
         card = {
             "kind": job.kind,
             "prompt": self.request.prompt,
@@ -100,13 +102,15 @@ class VideoWork:
             "width": frames.shape[-1],
             "fps": settings["fps"],
             "runs": runs,
-            "files": [*report.files, FILE, SCRIPT, COMMAND],
+            "files": [*report.files, FILE, SCRIPT, COMMAND, *uploads],
             "command": self.request.command,
             "script": text,
             "machine": report.facts["machine"],
             "versions": report.facts["versions"],
         }
-        return json.loads(json.dumps(card, default=str))
+        # Uploads by their plain names: where they lie is nobody's business.
+        plain = json.dumps(card, default=str).replace(json.dumps(f"{out}/")[1:-1], "")
+        return json.loads(plain)
 
 
 @contextmanager

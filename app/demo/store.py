@@ -12,7 +12,7 @@ from vdit_sparse.eval.files import new_file
 
 # What a run is called, and a file of it: nothing that could lead elsewhere.
 NAME = re.compile(r"[0-9a-f]{32}")
-FILE = re.compile(r"[a-z0-9][a-zA-Z0-9_-]*\.(mp4|png|json|py|txt|bin)")
+FILE = re.compile(r"[a-z0-9][a-zA-Z0-9_-]*\.(mp4|png|json|py|txt|bin|safetensors)")
 CARD = "studio.json"
 # Uploads of one user that stay.
 UPLOADS = 10

@@ -68,7 +68,9 @@ class Job:
         if doing != self.doing or done == 0:
             self.stepped = time.monotonic()
         self.doing, self.done, self.total = doing, done, total
-        self.preview = (self.look() if self.look and done else None) or self.preview
+        seen = self.look() if self.look else None
+        # A run that starts has nothing of the one before it, or of its warm-up.
+        self.preview = None if total and not done else seen or self.preview
 
     def check(self, *_) -> None:
         """Raises Cancelled if the job was cancelled, or nobody has asked for it for long."""

@@ -120,10 +120,13 @@ class Live {
     this.step.textContent = job.state === "waiting" ? `${job.before} before this one` : job.total ? `step ${job.done} of ${job.total}${left}` : "a moment";
     this.bar.classList.toggle("st-busy", !job.total);
     this.bar.firstChild.style.width = job.total ? `${(100 * job.done) / job.total}%` : "";
-    if (job.preview && job.preview.url !== this.url) {
+    if (!job.preview) {
+      this.url = this.image = null;
+      this.canvas.hidden = true;
+    } else if (job.preview.url !== this.url) {
       this.url = job.preview.url;
       const image = new Image();
-      image.onload = () => { this.image = image; this.size = job.preview; this.canvas.hidden = false; this.draw(); };
+      image.onload = () => { if (image.src !== this.url) return; this.image = image; this.size = job.preview; this.canvas.hidden = false; this.draw(); };
       image.src = this.url;
     }
   }

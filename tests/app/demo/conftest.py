@@ -23,12 +23,13 @@ FORM = {"prompt": "a cat runs", "model": "tiny", "runs": ["radial:block=64"]}
 
 
 @pytest.fixture(scope="session")
-def root(tiny_model, tmp_path_factory):
-    """A folder of models, of which one is small and fast by default."""
+def root(tiny_model, tiny_image_model, tmp_path_factory):
+    """A folder of models that are small and fast by default: from text, and from an image."""
     folder = tmp_path_factory.mktemp("root")
-    shutil.copytree(tiny_model, folder / "tiny")
-    defaults = {**SMALL, "guidance_scale": 5.0, "max_sequence_length": 16, "fps": 8}
-    (folder / "tiny" / "generation.json").write_text(json.dumps(defaults))
+    for source, text in ((tiny_model, 16), (tiny_image_model, 512)):
+        shutil.copytree(source, folder / source.name)
+        defaults = {**SMALL, "guidance_scale": 5.0, "max_sequence_length": text, "fps": 8}
+        (folder / source.name / "generation.json").write_text(json.dumps(defaults))
     return folder
 
 

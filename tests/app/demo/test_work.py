@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.app.demo.conftest import FORM, until
-from vdit_sparse.app.demo import bench, looking
+from vdit_sparse.app.demo import bench
 from vdit_sparse.app.demo.desk import Desk
 from vdit_sparse.app.demo.worker import Job
+from vdit_sparse.app.inspect import spread
 from vdit_sparse.app.options import InputError
 from vdit_sparse.kernels.bench.problem import Shape
 
@@ -66,9 +68,31 @@ def test_what_cannot_be_looked_into(form, words, studio):
 
 
 def test_steps_are_spread_over_the_run():
-    assert looking.spread(16, 3) == (0, 8, 15)
-    assert looking.spread(2, 8) == (0, 1)
-    assert looking.spread(10, 1) == (5,)
+    assert spread(range(16), 3) == (0, 8, 15)
+    assert spread(range(2), 8) == (0, 1)
+    assert spread([3, 5, 9], 1) == (5,)
+
+
+def test_another_image_is_another_run(studio, tmp_path):
+    desk, tokens = Desk(studio), []
+    for colour in ("orange", "navy"):
+        Image.new("RGB", (64, 32), colour).save(tmp_path / "a.png")
+        tokens.append(desk.upload_image(WHO, tmp_path / "a.png")[0])
+    form = {**FORM, "model": "tiny-i2v", "runs": ["radial:block=64"], "size": "32x64"}
+    first = made(desk, "generate", {**form, "image": tokens[0]})
+    looks = {"maps_steps": 1, "maps_layers": 1}
+    other = desk.submit(WHO, "inspect", {**form, **looks, "image": tokens[1]})
+    # A run that waits keeps its file, whatever is uploaded after it.
+    desk.store.uploads(WHO)[tokens[1]].unlink()
+    until(lambda: other.state not in ("waiting", "running"))
+    assert other.state == "finished", other.error
+    before, after = (desk.store.folder(WHO, job.name) for job in (first, other))
+    assert (after / "video.mp4").read_bytes() != (before / "radial.mp4").read_bytes()
+    # Both have the frame that their command line names.
+    assert "--image image.png" in (before / "command.txt").read_text()
+    assert Image.open(before / "image.png").getpixel((0, 0)) == (255, 165, 0)
+    assert Image.open(after / "image.png").getpixel((0, 0)) == (0, 0, 128)
+    assert "image.png" in desk.store.card(WHO, other.name)["files"]
 
 
 def test_bench(studio, monkeypatch):
