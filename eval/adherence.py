@@ -4,12 +4,16 @@
 
 draws prompts from the bundled model's grammar, always the same ones, generates each from several
 seeds, and prints per row the accuracy on these clips, the accuracy of the same measure on renders
-that show their captions, and the ratio of the two: the adherence.
+that show their captions, and the ratio of the two: the adherence; once for all clips and once each
+for those with a static and with a moving camera. The files are written after every batch, so that
+a run that is killed leaves what it counted.
 """
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +21,20 @@ import torch
 from torch import Tensor
 
 from vdit_sparse.eval.adherence_checks import CHECKS, check, crosses
+from vdit_sparse.eval.adherence_show import Show
 from vdit_sparse.eval.denoise import timed_call
 from vdit_sparse.eval.judge import Judge, load_judge
 from vdit_sparse.kernels.bench import machine
 from vdit_sparse.pipelines.load import defaults, load_pipeline
 from vdit_sparse.pipelines.mini.training.captions import Spec, sample_spec
 from vdit_sparse.pipelines.mini.training.clips import to_bytes
-from vdit_sparse.pipelines.mini.training.judge_labels import ROWS, Score, labels, score
+from vdit_sparse.pipelines.mini.training.judge_labels import (
+    ROWS,
+    Score,
+    has_moving_camera,
+    labels,
+    score,
+)
 from vdit_sparse.pipelines.mini.training.pacing import report
 from vdit_sparse.pipelines.mini.training.video import ProceduralVideo
 
@@ -38,6 +49,15 @@ BARS = {
 """Row -> the least adherence that is asked of the bundled model."""
 
 TITLES = ("row", "asked", "accuracy", "on renders", "adherence", "bar")
+GROUPS: dict[str, Callable[[Spec], bool]] = {
+    "rows": lambda spec: True,
+    "static camera": lambda spec: not has_moving_camera(spec),
+    "moving camera": has_moving_camera,
+}
+"""Key of the result -> the clips that its table is about; the judge's accuracy on renders is that
+of the same kind of clips."""
+
+_HELD_OUT = {"rows": "renders", "static camera": "static", "moving camera": "moving"}
 # Millions of seeds that neither training nor its held-out clips use.
 _PROMPT_SEED, _RENDER_SEED = 23_000_000, 24_000_000
 
@@ -131,61 +151,119 @@ def _silent(*_: object) -> None:
     """Nobody watches the steps."""
 
 
-def evaluate(pipe, judge: Judge, arguments: argparse.Namespace) -> dict:
-    """Generates, counts, measures the checks on renders; the whole result for a JSON file."""
-    inputs = {name: value for name, value in defaults(pipe).items() if name != "fps"}
-    changed = {
-        "num_frames": arguments.frames,
-        "num_inference_steps": arguments.steps,
-        "guidance_scale": arguments.guidance,
-    }
-    inputs |= {name: value for name, value in changed.items() if value is not None}
-    totals = dict.fromkeys((*ROWS, *CHECKS), Score())
-    specs = draw_specs(arguments.prompts)
-    for videos, part in generated(pipe, specs, arguments.seeds, arguments.batch, inputs):
-        for row, found in adherence(judge, list(videos), part).items():
-            totals[row] += found
-        report(f"{totals['place'].asked} clips judged")
+def evaluate(
+    pipe, judge: Judge, arguments: argparse.Namespace, keep: Callable[[dict], None], show: Show
+) -> dict:
+    """Measures the checks on renders, generates and counts; the whole result for a JSON file.
+
+    keep: called with the result so far after each batch; show: gets every clip.
+    """
+    inputs = _call(pipe, arguments)
     shape = (inputs["height"], inputs["width"], inputs["num_frames"])
     pairs = list(renders(arguments.renders, *shape, pipe.device))
-    on_renders = {row: judge.accuracy(row) for row in ROWS}
-    if pairs:
-        scores = checked(*zip(*pairs, strict=True))
-        on_renders |= {row: each.accuracy for row, each in scores.items()}
-    return {
-        "rows": compared(totals, on_renders),
+    known = {group: _on_renders(judge, group, pairs) for group in GROUPS}
+    facts = {
         "prompts": arguments.prompts,
         "seeds": arguments.seeds,
+        "model": arguments.model or "mini",
         "call": inputs,
         "renders": {"judge": judge.held_out.get("clips", 0), "checks": len(pairs)},
         **machine(torch.device(pipe.device)),
     }
+    totals = {group: dict.fromkeys((*ROWS, *CHECKS), Score()) for group in GROUPS}
+    result, clips, specs = {}, 0, draw_specs(arguments.prompts)
+    for videos, part in generated(pipe, specs, arguments.seeds, arguments.batch, inputs):
+        for video, spec in zip(videos, part, strict=True):
+            show.add(video, spec.caption)
+            _count(totals, adherence(judge, [video], [spec]), spec)
+        clips += len(part)
+        tables = {group: compared(totals[group], known[group]) for group in GROUPS}
+        result = {**tables, "clips": clips, **facts}
+        keep(result)
+        report(f"{clips} clips judged")
+    return result
+
+
+def _call(pipe, arguments: argparse.Namespace) -> dict:
+    inputs = {name: value for name, value in defaults(pipe).items() if name != "fps"}
+    changed = {
+        "height": arguments.height,
+        "width": arguments.width,
+        "num_frames": arguments.frames,
+        "num_inference_steps": arguments.steps,
+        "guidance_scale": arguments.guidance,
+    }
+    return inputs | {name: value for name, value in changed.items() if value is not None}
+
+
+def _on_renders(judge: Judge, group: str, pairs: list) -> dict[str, float | None]:
+    """Row -> accuracy on renders of the clips of a group: the judge's held-out ones, and for the
+    checks the `pairs` of a render and its spec."""
+    found = {row: judge.accuracy(row, _HELD_OUT[group]) for row in ROWS}
+    chosen = [pair for pair in pairs if GROUPS[group](pair[1])]
+    if chosen:
+        scores = checked(*zip(*chosen, strict=True))
+        found |= {row: each.accuracy for row, each in scores.items()}
+    return found
+
+
+def _count(totals: dict[str, dict[str, Score]], found: dict[str, Score], spec: Spec) -> None:
+    for group, belongs in GROUPS.items():
+        if belongs(spec):
+            for row, each in found.items():
+                totals[group][row] += each
+
+
+def tables(result: Mapping) -> str:
+    """All tables of a result as Markdown, each with its title."""
+    parts = [f"{group}\n\n{table(result[group])}" for group in GROUPS if result[group]]
+    return "\n\n".join(["all clips" + parts[0].removeprefix("rows"), *parts[1:]])
+
+
+def write(result: Mapping, folder: Path) -> None:
+    """Writes `adherence.json` and `adherence.md`, each at once."""
+    files = {"adherence.json": json.dumps(result, indent=1), "adherence.md": tables(result)}
+    for name, text in files.items():
+        partial = folder / f"{name}.partial"
+        partial.write_text(text + "\n")
+        partial.replace(folder / name)
 
 
 def main(words: list[str] | None = None) -> None:
+    words = sys.argv[1:] if words is None else words
+    arguments = _parser().parse_args(words)
+    judge = load_judge(arguments.judge)
+    pipe = load_pipeline(arguments.model)
+    pipe.set_progress_bar_config(disable=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    command = f"python -m vdit_sparse.eval.adherence {shlex.join(words)}"
+    show = Show(arguments.out, arguments.show, defaults(pipe).get("fps", 16))
+    with torch.inference_mode():
+        result = evaluate(
+            pipe,
+            judge,
+            arguments,
+            lambda each: write({**each, "command": command}, arguments.out),
+            show,
+        )
+    report({name: value for name, value in result.items() if name not in GROUPS})
+    report("adherence\n" + tables(result))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=4, help="clips of each prompt")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--renders", type=int, default=256, help="clips to try the checks on")
-    parser.add_argument("--frames", type=int)
-    parser.add_argument("--steps", type=int)
+    for name in ("height", "width", "frames", "steps"):
+        parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--guidance", type=float)
+    parser.add_argument("--show", type=int, default=0, help="of the first so many clips: a sheet")
     parser.add_argument("--model", help="default: the bundled model")
     parser.add_argument("--judge", type=Path, help="default: the bundled model's")
-    arguments = parser.parse_args(words)
-    judge = load_judge(arguments.judge)
-    pipe = load_pipeline(arguments.model)
-    pipe.set_progress_bar_config(disable=True)
-    with torch.inference_mode():
-        result = evaluate(pipe, judge, arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "adherence.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = table(result["rows"])
-    (arguments.out / "adherence.md").write_text(text + "\n")
-    report({name: value for name, value in result.items() if name != "rows"})
-    report("adherence\n" + text)
+    return parser
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ class Judge:
 
     network: in float32, on the device where videos are judged.
     classes: head -> the names of its classes, in the order of a distribution.
-    held_out: what was measured when it was trained: `clips`, and for `renders` and `autoencoded`
-        the accuracy per row of a report; empty if it was not measured.
+    held_out: what was measured when it was trained: `clips`, and the accuracy per row of a report
+        for `renders`, for `static` and `moving`, which are the `renders` by their camera, and for
+        `autoencoded` ones; empty if it was not measured.
     """
 
     network: JudgeNetwork
@@ -47,9 +48,9 @@ class Judge:
         found = self(video)
         return {head: self.classes[head][int(each.argmax())] for head, each in found.items()}
 
-    def accuracy(self, row: str) -> float | None:
-        """On held-out renders; None where it was not measured."""
-        return self.held_out.get("renders", {}).get(row)
+    def accuracy(self, row: str, kind: str = "renders") -> float | None:
+        """On held-out clips of a kind; None where it was not measured."""
+        return self.held_out.get(kind, {}).get(row)
 
 
 def load_judge(

@@ -1,10 +1,13 @@
 """Adherence: renders score one with a judge that knows, and the checks see what is drawn."""
 
 import json
+import shlex
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vdit_sparse.eval import adherence as evaluation
 from vdit_sparse.eval.adherence import adherence, compared, draw_specs, table
@@ -121,7 +124,7 @@ def test_the_report_divides_by_the_accuracy_on_renders():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("judge")
-    held_out = {"clips": 4, "renders": {"place": 0.5}}
+    held_out = {"clips": 4, "renders": {"place": 0.5}, "static": {"place": 0.25}}
     torch.manual_seed(0)
     save_judge(JudgeNetwork(JUDGES["tiny"]), place, {"held_out": held_out})
     return place
@@ -139,7 +142,8 @@ def test_a_judge_gives_distributions_for_any_size(folder, device):
         assert found[head][judge.classes[head].index(answer)] == found[head].max()
     torch.testing.assert_close(judge(video.double() / 255), found)
     assert judge.accuracy("place") == 0.5
-    assert judge.accuracy("colour") is None
+    assert judge.accuracy("place", "static") == 0.25
+    assert judge.accuracy("colour") is judge.accuracy("place", "moving") is None
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,8 @@ def test_the_command_generates_counts_and_writes(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "defaults", lambda pipe: sizes)
     monkeypatch.setattr(evaluation, "timed_call", rendered)
     words = ["--prompts", "3", "--seeds", "2", "--batch", "4", "--renders", "8", "--steps", "5"]
-    evaluation.main([*words, "--out", str(tmp_path / "out"), "--judge", str(folder)])
+    words += ["--show", "2", "--out", str(tmp_path / "out"), "--judge", str(folder)]
+    evaluation.main(words)
     assert [inputs["seed"] for inputs in calls] == [[0, 1, 2, 3], [4, 5]]
     assert calls[0]["num_inference_steps"] == 5 and "fps" not in calls[0]
     result = json.loads((tmp_path / "out" / "adherence.json").read_text())
@@ -193,4 +198,31 @@ def test_the_command_generates_counts_and_writes(folder, tmp_path, monkeypatch):
     assert place["asked"] == 6 and place["on renders"] == 0.5
     assert result["renders"]["judge"] == 4
     text = (tmp_path / "out" / "adherence.md").read_text()
-    assert text.startswith("| row | asked | accuracy | on renders | adherence | bar |")
+    assert text.startswith("all clips\n\n| row | asked | accuracy | on renders | adherence | bar |")
+    assert result["clips"] == 6 and result["command"].endswith(shlex.join(words))
+    moving = [spec.camera != "static" for spec in draw_specs(3)]
+    for group, count in (("moving camera", sum(moving)), ("static camera", 3 - sum(moving))):
+        asked = [row["asked"] for row in result[group] if row["row"] == "place"]
+        assert asked == [2 * count] * bool(count)
+    shown = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert shown == ["adherence.json", "adherence.md", "clip-00.webp", "clip-01.webp", "sheet.jpg"]
+    assert Image.open(tmp_path / "out" / "clip-01.webp").n_frames == FRAMES
+
+
+def test_a_run_that_is_killed_leaves_what_it_counted(folder, tmp_path, monkeypatch):
+    frames = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+
+    def generated(*_):
+        yield frames[None], draw_specs(1)
+        raise KeyboardInterrupt
+
+    pipe = SimpleNamespace(device="cpu", set_progress_bar_config=lambda **_: None)
+    sizes = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
+    monkeypatch.setattr(evaluation, "load_pipeline", lambda model: pipe)
+    monkeypatch.setattr(evaluation, "defaults", lambda pipe: sizes)
+    monkeypatch.setattr(evaluation, "generated", generated)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(["--renders", "0", "--out", str(tmp_path), "--judge", str(folder)])
+    result = json.loads((tmp_path / "adherence.json").read_text())
+    assert result["clips"] == 1 and {row["row"] for row in result["rows"]} >= {"place", "object"}
+    assert "| place | 1 |" in (tmp_path / "adherence.md").read_text()
