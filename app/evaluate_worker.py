@@ -18,7 +18,7 @@ from vdit_sparse.app.options import InputError
 from vdit_sparse.app.video import write_image, write_video
 from vdit_sparse.calibration import CalibratedAttention
 from vdit_sparse.eval.baseline import Baseline, find_baseline, set_backend
-from vdit_sparse.eval.denoise import execution_device, run, warm_up
+from vdit_sparse.eval.denoise import execution_device, makes_images, run, warm_up
 from vdit_sparse.eval.measure import Chosen, Measure, choose
 from vdit_sparse.eval.run import Evaluation, Sample, Trial
 from vdit_sparse.eval.store import PROTOCOL, Store, read_protocol
@@ -46,7 +46,7 @@ class Worker:
         chosen = _choose(request)
         progress("loading the model", 0, None)
         self.pipe = load(request.model)
-        self.settings = settings_of(self.pipe, request.model)
+        self.settings = _settings(self.pipe, request)
         self.warm: dict[str, int] = {}
         self.known: tuple[Prompt, dict] | None = None
         progress("loading the model", 1, 1)
@@ -141,6 +141,19 @@ class Worker:
 
     def _on_step(self, done: int, total: int) -> None:
         self.progress("this sample", done, total)
+
+
+def _settings(pipe, request: EvaluationRequest) -> dict:
+    """As `settings_of`. Raises InputError where a suite of videos meets a model of images."""
+    settings = settings_of(pipe, request.model)
+    if makes_images(pipe):
+        if request.suite.media != IMAGE:
+            raise InputError(
+                f"{type(pipe).__name__} makes images, but the suite {request.suite.name} asks for "
+                'videos: give --suite images, or a .toml with media = "image".'
+            )
+        settings.pop("num_frames", None)
+    return settings
 
 
 def _choose(request: EvaluationRequest) -> Chosen:

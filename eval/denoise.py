@@ -1,4 +1,7 @@
-"""One run of a loaded pipeline: its frames, seconds, memory, and what its attention did."""
+"""One run of a loaded pipeline: its frames, seconds, memory, and what its attention did.
+
+An image is a video of one frame.
+"""
 
 import dataclasses
 import inspect
@@ -151,7 +154,7 @@ def timed_call(pipe, inputs: dict, on_step: OnStep) -> tuple[Tensor, "_Clock"]:
     if "callback_on_step_end" in call_parameters(pipe):
         arguments["callback_on_step_end"] = step_ended
     with _first_call(pipe, clock, device):
-        frames = pipe(**arguments).frames
+        frames = _frames(pipe(**arguments))
         _wait(device)
     clock.ended = time.perf_counter()
     on_step(steps, steps)
@@ -165,6 +168,20 @@ def timed_call(pipe, inputs: dict, on_step: OnStep) -> tuple[Tensor, "_Clock"]:
 def call_parameters(pipe) -> Mapping[str, inspect.Parameter]:
     """The parameters of the diffusers pipeline's own call."""
     return pipe.stock_signature.parameters
+
+
+def makes_images(pipe) -> bool:
+    """Whether the pipeline's call has no number of frames to be told."""
+    return "num_frames" not in call_parameters(pipe)
+
+
+def _frames(output) -> Tensor:
+    """`[B, T, 3, H, W]` of what a pipeline returned; an image is one frame."""
+    if hasattr(output, "frames"):
+        return output.frames
+    # Kandinsky 5 says `image`, all others `images`.
+    images = output.images if hasattr(output, "images") else output.image
+    return images.unsqueeze(1)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from vdit_sparse.eval.adherence import adherence, checked
 from vdit_sparse.eval.judge import Judge, load_judge
 from vdit_sparse.eval.metrics import METRICS, Unavailable
-from vdit_sparse.eval.suite import Prompt, Suite
+from vdit_sparse.eval.suite import IMAGE, Prompt, Suite
 
 # What a sample has for a metric to take.
 _GIVEN = {"video", "reference", "prompt", "spec"}
@@ -102,4 +102,6 @@ def _reason(name: str, suite: Suite) -> str | None:
         return f"{', '.join(sorted(missing))} of a sample are not kept."
     if "spec" in metric.takes and not any(prompt.shows for prompt in suite.prompts):
         return f"the suite {suite.name} does not say what its prompts show."
+    if suite.media == IMAGE and metric.least_frames > 1:
+        return f"it needs {metric.least_frames} frames, and an image is one."
     return metric.unavailable()

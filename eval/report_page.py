@@ -11,6 +11,7 @@ from vdit_sparse.eval.metrics import METRICS
 from vdit_sparse.eval.report import HEADLINE, Findings, Line, Mean, heading, show
 from vdit_sparse.eval.report_plot import Point, colour_of, plot
 from vdit_sparse.eval.report_style import STYLE
+from vdit_sparse.eval.suite import IMAGE
 
 INTERVALS = (
     "± is half of the 95 % confidence interval of the mean over prompts (Student's t); an arrow "
@@ -103,10 +104,13 @@ def _facts(findings: Findings) -> str:
     versions = findings.protocol["versions"]
     prompts = len({row["prompt"] for row in findings.lines[0].rows})
     place = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    frames, _, height, width = findings.lines[0].rows[0]["frames"]
+    length = "images" if findings.protocol["suite"]["media"] == IMAGE else f"{frames} frames"
+    guidance = settings.get("guidance_scale")
+    guided = "" if guidance is None else f", guidance {guidance:g}"
     return (
-        f"{findings.samples} samples of {prompts} prompts; {settings['height']} x "
-        f"{settings['width']} pixels, {settings['num_frames']} frames, "
-        f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}; "
+        f"{findings.samples} samples of {prompts} prompts; {height} x {width} pixels, {length}, "
+        f"{settings['num_inference_steps']} steps{guided}; "
         f"{findings.protocol['model']['dtype']} on {place}; dense baseline: "
         f"{findings.protocol['baseline']['backend']}; torch {versions['torch']}, diffusers "
         f"{versions['diffusers']}, vdit-sparse {versions['vdit_sparse']}"

@@ -7,7 +7,7 @@
     given = [inputs[name] for name in metric.takes]  # ("video", "reference"), ("video",), ...
     metric(*given)                                   # float: the video's value
     metric.per_frame(*given)                         # float64 [N]: of frames, or pairs of frames
-    metric.higher_is_better, metric.unit, metric.title
+    metric.higher_is_better, metric.unit, metric.title, metric.least_frames
 
 What `takes` can name:
     video, reference   `[T, C, H, W]` of one shape, uint8, or float in [0, 1] (rounded to 8 bits
@@ -76,10 +76,17 @@ METRICS: dict[str, Metric] = {
     "vmaf": Metric("VMAF", vmaf.vmaf_per_frame, needs=vmaf.unavailable),
     "xpsnr": Metric("XPSNR", xpsnr.xpsnr_per_frame, unit="dB", needs=xpsnr.unavailable),
     "flicker_difference": Metric(
-        "difference of flicker", flicker_difference_per_pair, higher_is_better=False
+        "difference of flicker",
+        flicker_difference_per_pair,
+        higher_is_better=False,
+        least_frames=2,
     ),
     "motion_difference": Metric(
-        "difference of motion", motion_difference_per_pair, higher_is_better=False, unit="levels"
+        "difference of motion",
+        motion_difference_per_pair,
+        higher_is_better=False,
+        unit="levels",
+        least_frames=2,
     ),
     "latent_error": Metric(
         "relative error of latents",
@@ -89,7 +96,7 @@ METRICS: dict[str, Metric] = {
         higher_is_better=False,
     ),
     "temporal_flickering": Metric(
-        "temporal flickering (VBench)", temporal_flickering_per_pair, takes=ALONE
+        "temporal flickering (VBench)", temporal_flickering_per_pair, takes=ALONE, least_frames=2
     ),
     "sharpness": Metric("sharpness", sharpness_per_frame, takes=ALONE, unit="levels²"),
     "niqe": Metric(
@@ -100,16 +107,22 @@ METRICS: dict[str, Metric] = {
         flow.dis_motion_per_pair,
         takes=ALONE,
         unit="% of the shorter side",
+        least_frames=2,
         needs=flow.unavailable,
     ),
     "mobilenet_consistency": Metric(
         "consistency (MobileNetV2)",
         mobilenet.mobilenet_consistency_per_frame,
         takes=ALONE,
+        least_frames=2,
         needs=mobilenet.unavailable,
     ),
     "rife_smoothness": Metric(
-        "smoothness (RIFE)", rife.rife_smoothness_per_frame, takes=ALONE, needs=rife.unavailable
+        "smoothness (RIFE)",
+        rife.rife_smoothness_per_frame,
+        takes=ALONE,
+        least_frames=3,
+        needs=rife.unavailable,
     ),
     "clip_score": Metric(
         "CLIPScore",
@@ -118,7 +131,7 @@ METRICS: dict[str, Metric] = {
         needs=clip_score.unavailable,
     ),
     "adherence": Metric(
-        "adherence (judge)",
+        judged.title(),
         compute=judged.judged_adherence,
         takes=("video", "spec"),
         needs=judged.unavailable,

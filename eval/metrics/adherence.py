@@ -1,11 +1,13 @@
 """How much of what a prompt of the bundled model's grammar says a clip shows, to the judge."""
 
+import json
 from functools import cache
 
 from torch import Tensor
 
 from vdit_sparse.pipelines.mini.training.captions import Spec
-from vdit_sparse.pipelines.mini.training.judge_labels import CLIP_KINDS, ITEM_KINDS, labels, score
+from vdit_sparse.pipelines.mini.training.judge import CONFIG, SHIPPED, WEIGHTS
+from vdit_sparse.pipelines.mini.training.judge_labels import STATEMENTS, labels, score, statements
 
 
 def judged_adherence(video: Tensor, spec: Spec) -> float:
@@ -18,14 +20,22 @@ def judged_adherence(video: Tensor, spec: Spec) -> float:
     video: RGB `[T, 3, H, W]`, uint8, or float in [0, 1]; spec: what it should show. Raises
     ValueError for no such video.
     """
-    found = score([_judge().answers(video)], [labels(spec)])
-    counted = [found[kind] for kind in (*CLIP_KINDS, *ITEM_KINDS)]
-    return sum(each.right for each in counted) / sum(each.asked for each in counted)
+    return statements(score([_judge().answers(video)], [labels(spec)])).accuracy
+
+
+def title() -> str:
+    """The metric's title with the judge's own accuracy, the same share on held-out renders; as long
+    as there is no judge, without."""
+    if not (SHIPPED / CONFIG).is_file():
+        return "adherence (judge)"
+    held_out = json.loads((SHIPPED / CONFIG).read_text()).get("held_out", {})
+    accuracy = held_out.get("renders", {}).get(STATEMENTS)
+    known = "not measured" if accuracy is None else f"{accuracy:.3f}"
+    return f"adherence (judge; on renders {known})"
 
 
 def unavailable() -> str | None:
     from vdit_sparse.eval.judge import FOLDER
-    from vdit_sparse.pipelines.mini.training.judge import CONFIG, WEIGHTS
 
     if all((FOLDER / name).is_file() for name in (CONFIG, WEIGHTS)):
         return None

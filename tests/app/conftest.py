@@ -4,7 +4,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.tiny_models import tiny_wan, tiny_wan_i2v
+from tests.tiny_models import flux, tiny_wan, tiny_wan_i2v
 from vdit_sparse.app.cli import app
 
 
@@ -30,6 +30,14 @@ def tiny_image_model(tmp_path_factory):
     """Folder of an image-to-video model."""
     folder = tmp_path_factory.mktemp("models") / "tiny-i2v"
     tiny_wan_i2v().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory):
+    """Folder of a text-to-image model."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-flux"
+    flux.text_to_image().pipe.save_pretrained(folder)
     return folder
 
 

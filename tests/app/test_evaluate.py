@@ -188,6 +188,35 @@ def test_images_become_png(cli, tiny_model, tmp_path):
     assert refused.exit_code == 2 and "of images: leave --num-frames out" in refused.stderr
 
 
+def test_a_model_of_images(cli, tiny_flux, prompts, tmp_path):
+    suite, out = tmp_path / "still.toml", tmp_path / "out"
+    suite.write_text('media = "image"\nprompts = ["a cat", "a dog"]')
+    words = ["eval", "run", "--model", tiny_flux, "--method", "draft:block=64,density=0.25"]
+    words += ["--size", "32x48", "--steps", 2, "--device", "cpu", "--dtype", "fp32", "--out", out]
+    result = cli(*words, "--suite", suite, "--metrics", "psnr,ssim,sharpness")
+    assert result.exit_code == 0, result.output
+    rows = read_rows(out)
+    assert len(rows) == 4
+    for row in rows:
+        image = Image.open(out / row["file"])
+        assert (image.format, image.size, row["frames"]) == ("PNG", (48, 32), [1, 3, 32, 48])
+        assert row["denoise_seconds"] > 0 and row["decode_seconds"] > 0
+        assert row["metrics"]["sharpness"] > 0 and not row["unmeasured"]
+    sparse = [row for row in rows if row["method"]["name"] == "draft"]
+    # Both models hear the text, and the method drops some of it.
+    assert len({row["frames_sha256"] for row in rows}) == 4
+    assert all(row["density"] < 1 and 10 < row["metrics"]["psnr"] < 100 for row in sparse)
+    result = cli("eval", "report", out)
+    assert result.exit_code == 0, result.output
+    page = (out / "report" / "report.html").read_text()
+    assert page.count("data:image/png") == 2 and "32 x 48 pixels, images, 2 steps" in page
+
+    time = cli(*words, "--suite", suite, "--metrics", "psnr,temporal_flickering")
+    assert time.exit_code == 2 and "it needs 2 frames, and an image is one" in time.stderr
+    videos = cli(*words, "--suite", prompts, "--metrics", "psnr")
+    assert videos.exit_code == 2 and "FluxPipeline makes images" in videos.stderr
+
+
 def test_a_broken_first_frame_costs_its_samples(cli, tiny_image_model, tmp_path):
     Image.new("RGB", (60, 40), "orange").save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("no picture")

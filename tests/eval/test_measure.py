@@ -6,7 +6,7 @@ import torch
 from vdit_sparse.eval.judge import FOLDER
 from vdit_sparse.eval.measure import Chosen, Measure, choose
 from vdit_sparse.eval.metrics import METRICS, psnr, ssim
-from vdit_sparse.eval.suite import Prompt, Suite, read_suite
+from vdit_sparse.eval.suite import IMAGE, Prompt, Suite, read_suite
 
 PLAIN = Suite("plain", (Prompt("a cat"),))
 CLIP = torch.randint(0, 255, (3, 3, 24, 24), generator=torch.Generator().manual_seed(0)).byte()
@@ -28,6 +28,32 @@ def test_names_choose_and_are_checked():
         choose(["pnsr"], PLAIN)
     with pytest.raises(ValueError, match="latent_error cannot be measured: .*are not kept"):
         choose(["latent_error"], PLAIN)
+
+
+def test_an_image_has_no_metric_of_time():
+    images = Suite("still", (Prompt("a cat"),), IMAGE)
+    chosen = choose(None, images)
+    of_time = {name for name, metric in METRICS.items() if metric.least_frames > 1}
+    assert {"temporal_flickering", "dis_motion", "rife_smoothness"} <= of_time
+    assert {"psnr", "ssim"} <= set(chosen.names) and not of_time & set(chosen.names)
+    assert chosen.left_out["rife_smoothness"] == "it needs 3 frames, and an image is one."
+    with pytest.raises(ValueError, match="temporal_flickering cannot be measured: it needs 2"):
+        choose(["psnr", "temporal_flickering"], images)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_says_how_many_frames_it_needs(name):
+    metric = METRICS[name]
+    if metric.unavailable() or set(metric.takes) - {"video", "reference"}:
+        pytest.skip("it cannot run here, or takes more than frames")
+    # Large enough for the metrics of many scales.
+    frames = torch.randint(0, 255, (3, 3, 192, 192), generator=torch.Generator().manual_seed(0))
+    given = {"video": frames.byte(), "reference": frames.flip(-1).byte()}
+    least = metric.least_frames
+    assert metric(*(given[each][:least] for each in metric.takes)) >= 0
+    if least > 1:
+        with pytest.raises(ValueError, match="frames"):
+            metric(*(given[each][: least - 1] for each in metric.takes))
 
 
 def test_a_clip_has_its_figures(device):

@@ -49,6 +49,7 @@ def row(label, prompt, seed, protocol=FULL, **changes):
         "prompt": prompt,
         "negative_prompt": None,
         "seed": seed,
+        "frames": [5, 3, 64, 64],
         "density": 1.0 if dense else 0.25,
         "denoise_seconds": 2.0 if dense else 1.0,
         "speedup": None if dense else 2.0,

@@ -30,6 +30,7 @@ class Metric:
         each is).
     higher_is_better: whether a larger value is the better one.
     unit: for labels; empty for a plain number.
+    least_frames: how many frames a video must have to have a value.
     needs: returns why it cannot run here, or None; it loads nothing and is cheap to call.
     """
 
@@ -39,6 +40,7 @@ class Metric:
     takes: tuple[str, ...] = PAIR
     higher_is_better: bool = True
     unit: str = ""
+    least_frames: int = 1
     needs: Callable[[], str | None] = nothing
 
     def __call__(self, *inputs) -> float:
