@@ -10,10 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdit_sparse.pipelines.load import MINI
-from vdit_sparse.pipelines.mini.training.judge import JudgeNetwork, load_network, resample
+from vdit_sparse.pipelines.mini.training.judge import (
+    SHIPPED,
+    JudgeNetwork,
+    load_network,
+    resample,
+)
 
-FOLDER = MINI / "judge"
+FOLDER = SHIPPED
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from vdit_sparse.eval import adherence as evaluation
 from vdit_sparse.eval.adherence import adherence, compared, draw_specs, table
 from vdit_sparse.eval.adherence_checks import check, colour, crosses, direction
 from vdit_sparse.eval.judge import load_judge
+from vdit_sparse.eval.metrics import adherence as metric
 from vdit_sparse.pipelines.mini.training.captions import Item, Spec, sample_spec
 from vdit_sparse.pipelines.mini.training.clips import to_bytes
 from vdit_sparse.pipelines.mini.training.judge import JUDGES, JudgeNetwork, save_judge
@@ -226,3 +227,13 @@ def test_a_run_that_is_killed_leaves_what_it_counted(folder, tmp_path, monkeypat
     result = json.loads((tmp_path / "adherence.json").read_text())
     assert result["clips"] == 1 and {row["row"] for row in result["rows"]} >= {"place", "object"}
     assert "| place | 1 |" in (tmp_path / "adherence.md").read_text()
+
+
+def test_the_metrics_title_says_how_often_the_judge_itself_is_right(tmp_path, monkeypatch):
+    monkeypatch.setattr(metric, "SHIPPED", tmp_path)
+    assert metric.title() == "adherence (judge)"
+    save_judge(JudgeNetwork(JUDGES["tiny"]), tmp_path, {})
+    assert metric.title() == "adherence (judge; on renders not measured)"
+    facts = {"held_out": {"renders": {"statements": 0.91}}}
+    save_judge(JudgeNetwork(JUDGES["tiny"]), tmp_path, facts)
+    assert metric.title() == "adherence (judge; on renders 0.910)"

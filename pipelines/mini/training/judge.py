@@ -20,6 +20,7 @@ FRAMES, HEIGHT, WIDTH = 8, 64, 112
 """What the network sees of every clip."""
 
 CONFIG, WEIGHTS = "config.json", "judge.safetensors"
+SHIPPED = Path(__file__).parents[1] / "judge"
 _REDUCTION = 8
 # Matrices from this many numbers on are stored in 8 bits; the folder of the model is full.
 _EIGHT_BITS_FROM, _MOST, _SCALE = 4096, 127, ":scale"

@@ -31,6 +31,9 @@ OWN = "own"
 ITEM_KINDS = ("object", "colour", "count", "motion")
 CLIP_KINDS = ("place", "time", "weather", "camera")
 
+STATEMENTS = "statements"
+"""What the accuracy over all that captions say is called in a judge's file."""
+
 Labels = Mapping[str, str]
 """Head -> class."""
 
@@ -139,6 +142,11 @@ def score(answers: Sequence[Labels], truths: Sequence[Labels]) -> dict[str, Scor
                 if truth[name] in counted:
                     totals[row] += Score(matched[name] == truth[name], 1)
     return totals
+
+
+def statements(found: Mapping[str, Score]) -> Score:
+    """All that captions say, counted together: of `score`'s rows, one for each kind of head."""
+    return sum((found[kind] for kind in (*CLIP_KINDS, *ITEM_KINDS)), Score())
 
 
 def _heads(kind: str) -> list[str]:

@@ -28,10 +28,12 @@ from vdit_sparse.pipelines.mini.training.judge_data import (
     fill_pool,
 )
 from vdit_sparse.pipelines.mini.training.judge_labels import (
+    STATEMENTS,
     Score,
     has_moving_camera,
     labels,
     score,
+    statements,
 )
 from vdit_sparse.pipelines.mini.training.models import Sizes
 from vdit_sparse.pipelines.mini.training.pacing import Average, Meter, Optimizers, Pace, report
@@ -190,7 +192,8 @@ def measure_pools(network: JudgeNetwork, pools: JudgePools) -> dict:
 
 
 def _accuracies(rows: dict[str, Score]) -> dict[str, float]:
-    return {row: each.accuracy for row, each in rows.items() if each.asked}
+    every = {**rows, STATEMENTS: statements(rows)}
+    return {row: each.accuracy for row, each in every.items() if each.asked}
 
 
 def _filmed(pool: Pool, moving: bool) -> Pool:
