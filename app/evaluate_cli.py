@@ -44,7 +44,8 @@ Steps = Annotated[int | None, _option(MODEL, "Denoising steps.")]
 Size = Annotated[str | None, _option(MODEL, "Pixels, such as 256x448.", metavar="HxW")]
 Frames = Annotated[int | None, _option(MODEL, "Frames of each video.")]
 Image = Annotated[
-    str | None, _option(MODEL, "First frame, where a prompt has none.", metavar="FILE")
+    str | None,
+    _option(MODEL, "First frame, where a prompt has none; or VBench-I2V's DIR.", metavar="FILE"),
 ]
 Offload = Annotated[str, _option(MACHINE, "What waits in RAM: none, model, sequential or group.")]
 Compile = Annotated[bool, _option(MACHINE, "Compile the transformer's blocks.", "--compile")]

@@ -58,7 +58,7 @@ def parse_evaluation(words: Mapping) -> EvaluationRequest:
     was not torchrun. Raises
     InputError for a word that means nothing and a suite that cannot be used.
     """
-    suite = parse_suite(words["suite"], words["prompts"])
+    suite = parse_suite(words["suite"], words["prompts"], words["image"])
     choices = parse_methods(words["method"])
     model = {**words, **NOT_ASKED, "prompt": suite.prompts[0].text, "overwrite": True}
     model["image"] = _image(suite, words["image"])
@@ -84,13 +84,15 @@ def parse_evaluation(words: Mapping) -> EvaluationRequest:
     )
 
 
-def parse_suite(source: str, prompts: str | None) -> Suite:
-    """The suite of that name or file; a `.txt` has a prompt a line."""
+def parse_suite(source: str, prompts: str | None, image: str | None = None) -> Suite:
+    """The suite of that name or file; a `.txt` has a prompt a line. `image` may be the folder of
+    the first frames that the suite names."""
     if prompts is not None and not (source.startswith("vbench") or source.endswith(".toml")):
         raise InputError(f"--prompts is for the suites vbench*, but --suite is {source}.")
     try:
         if not source.endswith(".txt"):
-            return read_suite(source, None if prompts is None else Path(prompts))
+            images = Path(image) if image is not None and Path(image).is_dir() else None
+            return read_suite(source, None if prompts is None else Path(prompts), images)
         texts = read_prompts(Path(source))
         return Suite(Path(source).stem, tuple(Prompt(text) for text in texts))
     except SuiteError as error:
@@ -148,6 +150,10 @@ def _device_of(local_rank: int) -> str | None:
 def _image(suite: Suite, given: str | None) -> str | None:
     """An image of the suite, by which it is seen that the model must take one."""
     images = [prompt.image for prompt in suite.prompts]
+    if given is not None and Path(given).is_dir():
+        if not any(images):
+            raise InputError(f"--image {given} is a folder: --suite {suite.name} names no images.")
+        given = None
     if given is None and any(images) and not all(images):
         missing = suite.prompts[images.index(None)].text
         raise InputError(f"The prompt {missing!r} has no image, others have: give --image FILE.")

@@ -120,6 +120,7 @@ def evaluate_vbench(run: VBenchRun, progress: Progress) -> list[str]:
 def content(run: VBenchRun) -> dict:
     """What vbench.json holds."""
     complete = {x: run.scores[x] for x in run.scores if not run.videos[x].missing and run.entries}
+    complete = {} if _of_images(run) else complete
     return {
         "videos": str(run.folder),
         "prompts": "custom" if run.entries is None else str(run.info),
@@ -189,8 +190,18 @@ def _score(run: VBenchRun, dimension: str) -> float:
     return by_package(run.python, dimension, videos, run.info, run.out, run.device)
 
 
+def _of_images(run: VBenchRun) -> bool:
+    """Whether the prompts are VBench-I2V's, whose totals are others."""
+    return any("image_name" in entry for entry in run.entries or ())
+
+
 def _notes(run: VBenchRun) -> list[str]:
     notes = []
+    if _of_images(run):
+        notes.append(
+            "the prompts are VBench-I2V's: its own three dimensions and its totals are not here, "
+            "see docs/evaluation.md"
+        )
     if run.entries is None:
         notes.append("the videos are not of VBench's prompts: no totals")
     for name, videos in run.videos.items():

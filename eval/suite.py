@@ -70,28 +70,30 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in FOLDER.glob("*.toml")))
 
 
-def read_suite(source: str, vbench: Path | None = None) -> Suite:
+def read_suite(source: str, vbench: Path | None = None, images: Path | None = None) -> Suite:
     """A bundled suite by its name, or one in a file.
 
     source: a name in `names()`, or a path: `.toml` (as those in eval/suites), `.csv` (columns
         prompt, and if wanted negative_prompt and image), `.json` (a VBench_full_info.json, all of
         it). Paths in a file are relative to it.
-    vbench: the VBench_full_info.json that the suites vbench* read.
+    vbench: the VBench_full_info.json that the suites vbench* read; of vbench_i2v VBench-I2V's
+        vbench2_i2v_full_info.json (arXiv 2411.13503).
+    images: folder of the first frames that such a file names.
 
     Raises SuiteError, which names the file, its line or entry, and what to do.
     """
     file = Path(source)
     if source in names():
-        return _from_toml(FOLDER / f"{source}.toml", vbench)
+        return _from_toml(FOLDER / f"{source}.toml", vbench, images)
     if file.suffix not in _READERS:
         raise SuiteError(
             f"There is no suite {source!r}: name one of {', '.join(names())}, or a file that ends "
             f"in {', '.join(('.txt', *_READERS))}."
         )
-    return _READERS[file.suffix](file, vbench)
+    return _READERS[file.suffix](file, vbench, images)
 
 
-def _from_toml(file: Path, vbench: Path | None) -> Suite:
+def _from_toml(file: Path, vbench: Path | None, images: Path | None) -> Suite:
     try:
         content = tomllib.loads(_text(file))
     except tomllib.TOMLDecodeError as error:
@@ -103,7 +105,7 @@ def _from_toml(file: Path, vbench: Path | None) -> Suite:
     if ("prompts" in content) == ("vbench" in content):
         raise SuiteError(f"{file} needs either `prompts` or a table [vbench].")
     if "vbench" in content:
-        prompts = _from_vbench(file.stem, content["vbench"], vbench)
+        prompts = _from_vbench(file.stem, content["vbench"], vbench, images)
     else:
         prompts = [_prompt(file, number, each) for number, each in _numbered(content["prompts"])]
     return Suite(file.stem, tuple(prompts), media, content.get("about", ""))
@@ -131,7 +133,7 @@ def _spec(text: str, shown: Mapping) -> Spec:
     return Spec(**{**shown, "items": items, "caption": text})
 
 
-def _from_csv(file: Path, _: Path | None) -> Suite:
+def _from_csv(file: Path, *_: Path | None) -> Suite:
     try:
         rows = list(csv.DictReader(_text(file).splitlines(), strict=True, skipinitialspace=True))
     except csv.Error as error:
@@ -149,30 +151,50 @@ def _from_csv(file: Path, _: Path | None) -> Suite:
     return Suite(file.stem, tuple(prompts), about=f"the prompts of {file.name}")
 
 
-def _from_json(file: Path, _: Path | None) -> Suite:
-    return Suite(file.stem, tuple(_from_vbench(file.stem, {}, file)), about="VBench")
+def _from_json(file: Path, _: Path | None, images: Path | None) -> Suite:
+    return Suite(file.stem, tuple(_from_vbench(file.stem, {}, file, images)), about="VBench")
 
 
 _READERS = {".toml": _from_toml, ".csv": _from_csv, ".json": _from_json}
 
 
-def _from_vbench(name: str, wanted: Mapping, info: Path | None) -> list[Prompt]:
+def _from_vbench(
+    name: str, wanted: Mapping, info: Path | None, images: Path | None
+) -> list[Prompt]:
     """Prompts of the entries with one of the dimensions, each text once, in the file's order."""
     if info is None:
         raise SuiteError(
             f"The suite {name} reads VBench's prompts: give --prompts VBench_full_info.json, which "
-            "comes with the package vbench (vbench/VBench_full_info.json)."
+            "comes with the package vbench (vbench/VBench_full_info.json); for vbench_i2v "
+            "vbench2_i2v_full_info.json of VBench's repository (vbench2_beta_i2v/)."
         )
-    pairs = [(entry["prompt_en"], set(entry["dimension"])) for entry in read_vbench(info)]
     dimensions = set(wanted.get("dimensions", ()))
-    chosen = [text for text, found in pairs if not dimensions or dimensions & found]
+    entries = read_vbench(info)
+    chosen = [x for x in entries if not dimensions or dimensions & set(x["dimension"])]
     expected = wanted.get("entries")
     if expected is not None and len(chosen) != expected:
         raise SuiteError(
             f"The suite {name} is {expected} entries of VBench, but {info} has {len(chosen)}: use "
             "the file of VBench 0.1.5."
         )
-    return [Prompt(text) for text in dict.fromkeys(chosen)]
+    frames = {entry["prompt_en"]: entry.get("image_name") for entry in reversed(chosen)}
+    _check_images(info, [frame for frame in frames.values() if frame], images)
+    texts = dict.fromkeys(entry["prompt_en"] for entry in chosen)
+    return [Prompt(x, image=images / frames[x] if frames[x] else None) for x in texts]
+
+
+def _check_images(info: Path, frames: list[str], images: Path | None) -> None:
+    if frames and images is None:
+        raise SuiteError(
+            f"The prompts of {info} have first frames: give --image DIR, their folder (of "
+            "VBench-I2V that of the video's shape, such as vbench2_beta_i2v/data/crop/16-9)."
+        )
+    missing = [frame for frame in frames if not (images / frame).is_file()]
+    if missing:
+        raise SuiteError(
+            f"{len(missing)} of {len(frames)} first frames are not in --image {images}, the first "
+            f"{missing[0]!r}: name the folder of the images themselves."
+        )
 
 
 def read_vbench(info: Path) -> list[dict]:

@@ -229,10 +229,27 @@ def test_a_broken_first_frame_costs_its_samples(cli, tiny_image_model, tmp_path)
     assert "Cannot read the image" in failure["error"] and failure["prompt"] == "a dog"
 
 
+def test_vbench_i2v_makes_videos_of_its_images(cli, tiny_image_model, tmp_path):
+    Image.new("RGB", (60, 40), "orange").save(tmp_path / "a cat.jpg")
+    info, out = tmp_path / "i2v.json", tmp_path / "out"
+    entry = {"prompt_en": "a cat", "dimension": ["i2v_subject"], "image_name": "a cat.jpg"}
+    info.write_text(json.dumps([entry]))
+    words = ["eval", "run", "--suite", "vbench_i2v", "--prompts", info, "--method", DRAFT]
+    words += ["--model", tiny_image_model, *SMALL, *METRICS, "--out", out]
+    result = cli(*words, "--image", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert (out / "videos" / "dense" / "a cat-0.mp4").is_file()
+    result = cli(*words)
+    assert result.exit_code == 2 and "give --image DIR" in result.stderr
+    result = cli(*words, "--suite", "mini", "--image", tmp_path)
+    assert result.exit_code == 2 and "--prompts is for the suites vbench" in result.stderr
+
+
 BAD = {
     "suite": (["--suite", "mini2"], "There is no suite 'mini2'"),
     "no file": (["--suite", "no.txt"], "Cannot read"),
     "prompts": (["--prompts", "x.json"], "--prompts is for the suites vbench"),
+    "images": (["--image", "."], "is a folder: --suite two names no images"),
     "method": (["--method", "radal"], "--method needs a method or preset.*did you mean 'radial'"),
     "field": (["--method", "radial:dekay=1"], "did you mean 'decay'"),
     "twice": (["--method", "draft:dense_steps=1,density=0.250,block=64"], "are the same"),

@@ -159,6 +159,16 @@ def test_the_package_runs_in_its_environment(cli, videos, info, package, tmp_pat
     assert names == sorted(wanted)
 
 
+def test_prompts_of_images_have_no_totals_of_vbench(cli, videos, info, tmp_path):
+    entry = {"prompt_en": "a cat, 'still'", "dimension": ["i2v_background", *QUALITY]}
+    info.write_text(json.dumps([{**entry, "image_name": "a cat.jpg"}]))
+    result = cli("eval", "vbench", "--videos", videos, "--prompts", info)
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "radial-vbench" / "vbench.json").read_text())
+    assert set(content["dimensions"]) == {"temporal_flickering"}
+    assert "VBench-I2V's" in content["notes"][0] and set(content["totals"].values()) == {None}
+
+
 def test_totals_are_by_vbenchs_weights():
     scores = dict.fromkeys(DIMENSIONS, 0.5)
     assert totals({x: scores[x] for x in QUALITY})["quality"] is not None

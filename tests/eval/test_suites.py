@@ -75,6 +75,29 @@ def test_vbench_subsets_are_chosen_by_dimension_and_counted(tmp_path, name, coun
         read_suite(name, file)
 
 
+def test_vbench_i2v_prompts_have_first_frames(tmp_path):
+    cat = {"prompt_en": "a cat", "image_type": "animal", "image_name": "a cat.jpg"}
+    sea = {"prompt_en": "the sea, camera static", "image_name": "the sea.jpg"}
+    entries = [
+        {**cat, "dimension": ["i2v_subject", "subject_consistency"]},
+        {**cat, "dimension": ["i2v_subject"]},
+        {**sea, "dimension": ["camera_motion"]},
+    ]
+    file = info(tmp_path, entries)
+    with pytest.raises(SuiteError, match="have first frames: give --image DIR"):
+        read_suite("vbench_i2v", file)
+    with pytest.raises(
+        SuiteError, match="1 of 1 first frames are not in .*, the first 'a cat.jpg'"
+    ):
+        read_suite("vbench_i2v", file, tmp_path)
+    for name in ("a cat.jpg", "the sea.jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    suite = read_suite("vbench_i2v", file, tmp_path)
+    assert suite.prompts == (Prompt("a cat", image=tmp_path / "a cat.jpg"),)
+    (_, other) = read_suite(str(file), images=tmp_path).prompts
+    assert other == Prompt("the sea, camera static", image=tmp_path / "the sea.jpg")
+
+
 def test_a_table_gives_prompts_negatives_and_images(tmp_path):
     file = tmp_path / "mine.csv"
     file.write_text(
