@@ -18,6 +18,7 @@ from vdit_sparse.pipelines.mini.training.models import (
 from vdit_sparse.pipelines.mini.training.pacing import report
 
 TOKENIZER = Path(__file__).parent.parent / "tokenizer"
+GENERATION = TOKENIZER.parent / "generation.json"
 # Transformers 5 calls it TokenizersBackend, a name that transformers 4 does not know.
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 STAGES = ("autoencoder", "denoiser", "distill")
@@ -97,8 +98,10 @@ def assemble(checkpoints: Checkpoints, sizes: Sizes) -> WanPipeline:
 
 
 def export(pipeline: WanPipeline, folder: Path, shard: str = "14MB") -> int:
-    """Saves the pipeline in bf16 and returns its size in bytes."""
+    """Saves the pipeline in bf16, with the bundled model's arguments of a call, and returns its
+    size in bytes."""
     pipeline.to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard)
+    (folder / GENERATION.name).write_bytes(GENERATION.read_bytes())
     _rename_tokenizer(folder / "model_index.json")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     report(f"exported {folder}: {size / 1e6:.1f} MB")

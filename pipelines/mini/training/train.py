@@ -10,13 +10,14 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch._dynamo
 
+from vdit_sparse.kernels.bench import machine
 from vdit_sparse.pipelines.few_step import load_few_step
 from vdit_sparse.pipelines.mini.training.autoencoder import (
     AutoencoderSettings,
@@ -43,7 +44,12 @@ from vdit_sparse.pipelines.mini.training.judge_training import JudgeSettings, tr
 from vdit_sparse.pipelines.mini.training.models import SIZES
 from vdit_sparse.pipelines.mini.training.pacing import report, stopped_by_signal, stopping
 from vdit_sparse.pipelines.mini.training.sample import PROMPTS, Sampling, load, sample_sheet
-from vdit_sparse.pipelines.mini.training.structure import measure, table
+from vdit_sparse.pipelines.mini.training.structure import measure
+from vdit_sparse.pipelines.mini.training.structure_tables import (
+    every_head,
+    numbers,
+    summary,
+)
 from vdit_sparse.pipelines.mini.training.tokenizer import train_tokenizer
 
 JOINT = "then"
@@ -208,9 +214,20 @@ def _run_judge(options: argparse.Namespace) -> None:
 def _run_structure(options: argparse.Namespace) -> None:
     pipeline = load(_pipeline_folder(options), options.device)
     sampling = Sampling(options.steps, options.guidance, options.seed)
-    text = table(measure(pipeline, STRUCTURE_PROMPTS, _shape(options), sampling))
-    (options.output or options.folder / "structure.md").write_text(text + "\n")
-    report("attention structure\n" + text)
+    shape = _shape(options)
+    found = measure(pipeline, STRUCTURE_PROMPTS, shape, sampling)
+    result = {
+        "summary": summary(found),
+        "heads": every_head(found),
+        "numbers": numbers(found),
+        "prompts": STRUCTURE_PROMPTS,
+        "call": {**asdict(shape), **asdict(sampling)},
+        "command": f"python -m {__spec__.name} " + " ".join(sys.argv[1:]),
+        **machine(torch.device(options.device)),
+    }
+    path = options.output or options.folder / f"structure-{shape.frames}-frames.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    report("attention structure\n" + result["summary"])
 
 
 RUNNERS = {

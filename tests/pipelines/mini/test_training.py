@@ -26,10 +26,12 @@ from vdit_sparse.pipelines.mini.training.st_lpips import convert_weights
 from vdit_sparse.pipelines.mini.training.structure import (
     Recorder,
     RecordingProcessor,
-    best_block_mass,
+    best_blocks,
+    block_masses,
+    mass_in_best,
     measure,
-    table,
 )
+from vdit_sparse.pipelines.mini.training.structure_tables import every_head, numbers, summary
 from vdit_sparse.pipelines.wan_attention import query_key_value
 
 SIZE = ["--height", "32", "--width", "64", "--frames", "5", "--device", "cpu"]
@@ -160,21 +162,42 @@ def test_recorded_queries_and_keys_are_those_of_the_stock_processor():
 
 def test_block_mass_of_uniform_and_of_local_attention():
     query = torch.zeros(150, 8)
-    mass = best_block_mass(query, torch.randn(150, 8), shares=(0.5, 1.0), block=50)
-    torch.testing.assert_close(mass, torch.tensor([0.5, 1.0]))
+    masses = block_masses(query, torch.randn(150, 8), block=50)
+    torch.testing.assert_close(masses, torch.full((3, 3), 1 / 3))
+    torch.testing.assert_close(mass_in_best(masses, (0.5, 1.0)), torch.tensor([0.5, 1.0]))
     own_block = 100 * torch.eye(4).repeat_interleave(50, 0)
-    mass = best_block_mass(own_block, own_block, shares=(0.25, 0.125), block=50)
-    torch.testing.assert_close(mass, torch.tensor([1.0, 0.5]))
+    masses = block_masses(own_block, own_block, block=50)
+    torch.testing.assert_close(mass_in_best(masses, (0.25, 0.125)), torch.tensor([1.0, 0.5]))
+    assert best_blocks(masses, 0.25).equal(torch.eye(4).bool())
+    assert best_blocks(masses, 0.01).sum(1).eq(1).all()
+
+
+def test_stable_are_the_best_blocks_that_stay():
+    recorder = Recorder(steps=(1,))
+    masses = torch.eye(8).expand(2, 8, 8) + 0.5 * torch.eye(8).roll(1, 1)
+    moved = masses.clone()
+    moved[1, :4] = moved[1, :4].roll(4, 1)
+    for call, now in ((2, masses), (4, moved)):
+        recorder.calls = call
+        recorder.record(0, now)
+    (stable,) = recorder.stability[1, 0]
+    assert stable.tolist() == [1.0, 0.5]
+    assert list(recorder.mass) == [(1, 0)]
 
 
 def test_structure_is_measured_at_three_steps_and_leaves_the_pipeline_alone(trained):
     pipeline = train.load(trained.pipeline, "cpu")
     found = measure(pipeline, PROMPTS[:1], SHAPE, Sampling(steps=16))
-    assert sorted(found) == [(step, layer) for step in (2, 8, 13) for layer in (0, 1)]
-    assert all(mass.shape == (1, 3) and 0 < mass.min() <= 1 for mass in found.values())
+    places = [(step, layer) for step in (2, 8, 13) for layer in (0, 1)]
+    assert sorted(found.mass) == sorted(found.stability) == places
+    assert all(mass.shape == (1, 3) and 0 < mass.min() <= 1 for mass in found.mass.values())
+    assert all(0 <= each.min() <= each.max() <= 1 for each in found.stability.values())
     processors = [block.attn1.processor for block in pipeline.transformer.blocks]
     assert all(type(processor) is WanAttnProcessor for processor in processors)
-    assert "| 1 |" in table(found)
+    assert summary(found).count("\n| 13 |") == 4
+    assert every_head(found).count("\n| 1 | 0 |") == 1
+    rows = numbers(found)
+    assert len(rows) == 6 and rows[-1]["mass"] == found.mass[13, 1][0].tolist()
 
 
 def test_the_recorder_counts_only_calls_with_the_prompt():
@@ -183,7 +206,7 @@ def test_the_recorder_counts_only_calls_with_the_prompt():
     for _ in range(6):
         recorder.start_call()
         seen.append(recorder.step)
-    assert seen == [None, None, 1, None, None, None]
+    assert seen == [None, None, 1, None, 2, None]
     assert RecordingProcessor(WanAttnProcessor(), 0, recorder).layer == 0
 
 
