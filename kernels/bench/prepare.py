@@ -9,7 +9,7 @@ from torch.nn.functional import rms_norm
 from vdit_sparse.kernels.bench.measure import time_gpu
 from vdit_sparse.kernels.bench.problem import Problem
 from vdit_sparse.kernels.qk_prepare import merge_heads, prepare
-from vdit_sparse.kernels.qk_prepare.blocks import prepare_blocks, prepare_int8
+from vdit_sparse.kernels.qk_prepare.blocks import prepare_blocks
 from vdit_sparse.kernels.quant import smooth_quantize
 from vdit_sparse.kernels.reorder import inverse, reorder
 
@@ -62,14 +62,6 @@ def passes(problem: Problem) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
             lambda given=given: prepare_blocks(*given, eps=EPS, block=problem.block, order=order)[
                 0
             ],
-        )
-        eight = {"eps": EPS, "block_q": problem.block, "block_k": problem.block, "order": order}
-        yield (
-            f"INT8 of q and k with an order, {of}",
-            3 * once,
-            lambda x=x, w=weight, eight=eight: (
-                prepare_int8(x, x, (w, w), (cos, sin), **eight).q.values
-            ),
         )
     yield (
         "INT8 of q and k alone",

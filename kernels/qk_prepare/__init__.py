@@ -6,7 +6,7 @@
 `reference.py` is the specification in plain torch and rounds where diffusers rounds; `triton.py` is
 the path of GPUs: it reads each row once and writes it once, where diffusers' own operations do so
 three times each. The functions for a model family take tensors only, so that its processor can call
-them in the place of its norms and rotations. `blocks.py` adds block means and 8 bits.
+them in the place of its norms and rotations. `blocks.py` adds block means.
 """
 
 from importlib.util import find_spec

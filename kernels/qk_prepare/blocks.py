@@ -1,10 +1,10 @@
-"""Norm, RoPE and order as in `prepare`, with what a plan or an 8-bit kernel wants of whole blocks.
+"""Norm, RoPE and order as in `prepare`, with the means of blocks that a plan wants.
 
     rows, means = prepare_blocks(query, weight, rotary, eps=eps, block=128, order=order)
-    smoothed = prepare_int8(query, key, (query_weight, key_weight), rotary, eps=eps, ...)
 
-The means are those of `kernels.pool`, the 8-bit numbers those of `kernels.quant`, without the bf16
-rows having to be read, or for 8 bits even written, in between.
+The means are those of `kernels.pool`, without the rows having to be read in between. The pass does
+not quantise: a plan, a dense layer and a spot check want q and k as they are, so they have to be in
+memory, and `kernels.quant` reads them from there.
 """
 
 from torch import Tensor
@@ -13,10 +13,9 @@ from vdit_sparse.kernels import backends
 from vdit_sparse.kernels.block_mask import BLOCK_SIZES
 from vdit_sparse.kernels.checks import check_inference
 from vdit_sparse.kernels.qk_prepare import Rotary, check_rows, checked_tables
-from vdit_sparse.kernels.quant import Smoothed
 from vdit_sparse.kernels.reorder.checks import check_order
 
-__all__ = ["BACKENDS", "prepare_blocks", "prepare_int8"]
+__all__ = ["BACKENDS", "prepare_blocks"]
 
 # In the order of preference when none is asked for.
 BACKENDS = {
@@ -50,41 +49,6 @@ def prepare_blocks(
     check_inference("prepare_blocks", x=x, weight=weight)
     module = backends.choose(BACKENDS, backend, x)
     return module.pooled(x, weight, *tables, order, eps, round_first, block)
-
-
-def prepare_int8(
-    query: Tensor,
-    key: Tensor,
-    weights: tuple[Tensor, Tensor],
-    rotary: Rotary | None = None,
-    *,
-    eps: float,
-    block_q: int,
-    block_k: int,
-    round_first: bool = False,
-    order: Tensor | None = None,
-    backend: str | None = None,
-) -> Smoothed:
-    """`prepare` of queries and keys, then `smooth_quantize` of both, without bf16 rows in memory.
-
-    query, key: `[B, S, H, D]`, weights: of their norms, and the rest as in `prepare_blocks`;
-    block_q, block_k: tokens that share a scale, 64 or 128 each.
-
-    Returns what `smooth_quantize` gives for the prepared rows in this order; slots of -1 count as
-    masked. The mean key has to be known before a key is rounded, so the keys are read once more
-    than the queries, and both once more for a norm over all heads. Raises as `prepare` does.
-    """
-    for x, weight, block in ((query, weights[0], block_q), (key, weights[1], block_k)):
-        _check(x, weight, order, block)
-    if query.shape != key.shape or query.dtype != key.dtype:
-        raise ValueError(
-            f"query and key must have one shape and dtype, got {query.dtype} "
-            f"{tuple(query.shape)} and {key.dtype} {tuple(key.shape)}."
-        )
-    tables = checked_tables(query, rotary)
-    check_inference("prepare_int8", query=query, key=key)
-    module = backends.choose(BACKENDS, backend, query)
-    return module.int8(query, key, weights, *tables, order, eps, round_first, (block_q, block_k))
 
 
 def _check(x: Tensor, weight: Tensor, order: Tensor | None, block: int) -> None:

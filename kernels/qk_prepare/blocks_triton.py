@@ -1,4 +1,4 @@
-"""The Triton backend of `prepare_blocks` and `prepare_int8`: a program has one block of one head.
+"""The Triton backend of `prepare_blocks`: a program has one block of one head.
 
 Letters: `B S H D` as in the public functions, BD is D rounded up to a power of two, ROWS the tokens
 of a block.
@@ -10,8 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from vdit_sparse.kernels.qk_prepare.triton import tile_of_heads
-from vdit_sparse.kernels.quant import Quantized, Smoothed
-from vdit_sparse.kernels.quant.reference import INT8_LARGEST, SMALLEST_SCALE
 from vdit_sparse.kernels.triton_ops import why_not_on
 
 WARPS = 8
@@ -34,16 +32,12 @@ def inverse_norms(
 
 @triton.jit
 def prepare_tiles(
-    x_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr, mean_ptr,
-    rows_ptr, means_ptr, values_ptr, scale_ptr, shift_ptr,
-    x_b, x_s, x_h, order_h,
-    H, S, slots, rotated, eps, smallest,
-    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
-    ROUND_FIRST: tl.constexpr, LARGEST: tl.constexpr,
+    x_ptr, weight_ptr, norm_ptr, cos_ptr, sin_ptr, order_ptr, rows_ptr, means_ptr,
+    x_b, x_s, x_h, order_h, H, S, slots, rotated, eps,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, ROUND_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Rows, block means, or INT8 numbers of a block: whichever has a pointer. norm_ptr: of a norm
-    over all heads, else each row has its own; cos, sin: `[R, D / 2]`; mean_ptr: the mean key, which
-    is taken off, or where there is a shift_ptr (queries) multiplied."""
+    """Rows and the mean of a block. norm_ptr: of a norm over all heads, else each row has its own;
+    cos, sin: `[R, D / 2]`."""
     program = tl.program_id(0)
     blocks = tl.cdiv(slots, ROWS)
     # Neighbouring programs read neighbouring heads of the same tokens.
@@ -80,29 +74,11 @@ def prepare_tiles(
         x = tl.join(even * cos - odd * sin, even * sin + odd * cos)
         x = tl.reshape(x, [ROWS, BD]).to(stored.dtype)
     inside = (columns < D)[None, :]
-    if rows_ptr is not None:
-        places = rows_ptr + ((b.to(tl.int64) * slots + to) * H + h)[:, None] * D
-        tl.store(places + columns[None, :], x, mask=written[:, None] & inside)
-    x = x.to(tl.float32)
-    if means_ptr is not None:
-        counted = tl.maximum(tl.sum(real.to(tl.int32), 0), 1).to(tl.float32)
-        means = means_ptr + (head * blocks + block) * D
-        tl.store(means + columns, tl.sum(x, 0) / counted, mask=columns < D)
-    if values_ptr is not None:
-        mean = tl.load(mean_ptr + head * D + columns, mask=columns < D, other=0.0)
-        if shift_ptr is not None:
-            tl.store(shift_ptr + head * slots + to, tl.sum(x * mean[None, :], 1), mask=written)
-            x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
-        else:
-            x = tl.where(real[:, None], x - mean[None, :], 0.0)
-        scale = tl.maximum(tl.math.div_rn(tl.max(tl.abs(x)), LARGEST * 1.0), smallest)
-        tl.store(scale_ptr + head * blocks + block, scale)
-        # Adding 1.5 * 2^23 leaves no bits for fractions: the sum is rounded to nearest even.
-        levels = tl.math.div_rn(x, tl.zeros_like(x) + scale) + 12582912.0
-        values = (levels - 12582912.0).to(tl.int8)
-        first = (head * blocks + block) * ROWS
-        places = values_ptr + (first + tl.arange(0, ROWS))[:, None] * D
-        tl.store(places + columns[None, :], values, mask=inside)
+    places = rows_ptr + ((b.to(tl.int64) * slots + to) * H + h)[:, None] * D
+    tl.store(places + columns[None, :], x, mask=written[:, None] & inside)
+    counted = tl.maximum(tl.sum(real.to(tl.int32), 0), 1).to(tl.float32)
+    means = means_ptr + (head * blocks + block) * D
+    tl.store(means + columns, tl.sum(x.to(tl.float32), 0) / counted, mask=columns < D)
 
 
 def supports(x: Tensor) -> str | None:
@@ -125,78 +101,17 @@ def pooled(
     slots = S if order is None else order.shape[-1]
     rows = x.new_empty(B, slots, H, D)
     means = x.new_empty(B, H, triton.cdiv(slots, block), D, dtype=torch.float32)
-    given = (x, weight, *_halves(cos, sin), _in_one_piece(order), eps, round_first, block)
-    _launch(*given, norms=_norms(x, weight, eps), rows=rows, means=means)
-    return rows, means
-
-
-def int8(
-    query: Tensor,
-    key: Tensor,
-    weights: tuple[Tensor, Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    order: Tensor | None,
-    eps: float,
-    round_first: bool,
-    blocks: tuple[int, int],
-) -> Smoothed:
-    """See `prepare_int8`; cos and sin: `[R, D]`."""
-    shared = (*_halves(cos, sin), _in_one_piece(order), eps, round_first)
-    queries, keys = ((x, weight, *shared) for x, weight in zip((query, key), weights, strict=True))
-    norms = _norms(key, weights[1], eps)
-    mean = _mean_key(keys, blocks[1], norms)
-    quantized_keys, _ = _quantize(keys, blocks[1], norms, mean, shifted=False)
-    norms = _norms(query, weights[0], eps)
-    quantized, shift = _quantize(queries, blocks[0], norms, mean, shifted=True)
-    return Smoothed(quantized, quantized_keys, mean, shift)
-
-
-def _mean_key(given: tuple, block: int, norms: Tensor | None) -> Tensor:
-    """Mean over the real keys, fp32 `[B, H, D]`, from the means of blocks."""
-    x, order = given[0], given[4]
-    B, S, H, D = x.shape
-    slots = S if order is None else order.shape[-1]
-    blocks = triton.cdiv(slots, block)
-    means = x.new_empty(B, H, blocks, D, dtype=torch.float32)
-    _launch(*given, block, norms=norms, means=means)
-    real = torch.ones(1, slots, device=x.device) if order is None else (order >= 0).float()
-    real = torch.nn.functional.pad(real.view(-1, slots), (0, blocks * block - slots))
-    counted = real.unflatten(-1, (blocks, block)).sum(-1)
-    share = counted / counted.sum(-1, keepdim=True).clamp(min=1)
-    return (means * share[..., None]).sum(2)
-
-
-def _quantize(
-    given: tuple, block: int, norms: Tensor | None, mean: Tensor, shifted: bool
-) -> tuple[Quantized, Tensor | None]:
-    x, order = given[0], given[4]
-    B, S, H, D = x.shape
-    slots = S if order is None else order.shape[-1]
-    blocks = triton.cdiv(slots, block)
-    values = x.new_empty(B, H, blocks * block, D, dtype=torch.int8)
-    scale = x.new_empty(B, H, blocks, dtype=torch.float32)
-    shift = x.new_empty(B, H, slots, dtype=torch.float32) if shifted else None
-    out = {"values": values, "scale": scale, "shift": shift}
-    _launch(*given, block, norms=norms, mean=mean.contiguous(), **out)
-    return Quantized(values, scale), shift
-
-
-def _launch(
-    x, weight, cos, sin, order, eps, round_first, block, *,
-    norms=None, mean=None, rows=None, means=None, values=None, scale=None, shift=None,
-) -> None:  # fmt: skip
-    B, S, H, D = x.shape
-    slots = S if order is None else order.shape[-1]
+    cos, sin, order = *_halves(cos, sin), _in_one_piece(order)
+    norms = _norms(x, weight, eps)
     with torch.cuda.device_of(x):
         prepare_tiles[(B * H * triton.cdiv(slots, block),)](
-            x, weight.contiguous(), norms, cos, sin, order, mean,
-            rows, means, values, scale, shift,
-            *x.stride()[:3], order.stride(0) if order is not None and order.ndim == 2 else 0,
-            H, S, slots, 0 if cos is None else cos.shape[0], eps, SMALLEST_SCALE,
-            D=D, BD=triton.next_power_of_2(D), ROWS=block,
-            ROUND_FIRST=round_first, LARGEST=INT8_LARGEST, num_warps=WARPS,
+            x, weight.contiguous(), norms, cos, sin, order, rows, means, *x.stride()[:3],
+            order.stride(0) if order is not None and order.ndim == 2 else 0,
+            H, S, slots, 0 if cos is None else cos.shape[0], eps,
+            D=D, BD=triton.next_power_of_2(D), ROWS=block, ROUND_FIRST=round_first,
+            num_warps=WARPS,
         )  # fmt: skip
+    return rows, means
 
 
 def _norms(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:

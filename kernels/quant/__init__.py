@@ -15,7 +15,15 @@ from torch import Tensor
 from vdit_sparse.kernels.backends import choose
 from vdit_sparse.kernels.checks import DTYPES, check_device, check_last_stride
 
-__all__ = ["BACKENDS", "Quantized", "Smoothed", "quantize_values", "smooth_quantize"]
+__all__ = [
+    "BACKENDS",
+    "Quantized",
+    "Smoothed",
+    "channels_of",
+    "quantize_values",
+    "rotate",
+    "smooth_quantize",
+]
 
 # In the order of preference when none is asked for.
 BACKENDS = {
@@ -43,11 +51,12 @@ class Quantized:
 
 @dataclass(frozen=True, eq=False)
 class Smoothed:
-    """Queries and keys of an attention call, quantised after the mean key was taken off the keys.
+    """Queries and keys of an attention call, quantised after the mean key was taken off the keys
+    and both were rotated (`rotate`).
 
     q, k: `Quantized`, int8 `[B, H, blocks * block, D]` with a scale per block, zero in the slots
         past the end and in masked ones.
-    mean: fp32 `[B, H, D]`, the mean key.
+    mean: fp32 `[B, H, D]`, the mean key, not rotated.
     shift: fp32 `[B, H, S]`, q . mean, what each query's products with all keys have lost. A softmax
         does not see it; the logarithm of its sum has to get scale * shift back.
     """
@@ -67,7 +76,7 @@ def smooth_quantize(
     real: Tensor | None = None,
     backend: str | None = None,
 ) -> Smoothed:
-    """q and k in INT8, symmetric, one scale per (batch, head, block), K smoothed.
+    """q and k in INT8, symmetric, one scale per (batch, head, block), K smoothed, both rotated.
 
     q `[B, H, S, D]` and k `[B, H, keys, D]`, fp16, bf16 or fp32, any strides with unit last one;
     block_q, block_k: tokens that share a scale; real: bool `[B|1, keys]`, which keys count, or
@@ -77,7 +86,9 @@ def smooth_quantize(
     scale = amax / 127, values = round(x / scale), ties to even. The mean over the real keys, per
     (batch, head, channel), is taken off the keys before ("K smoothing", SageAttention, arXiv
     2410.02367), so that an offset common to all keys costs no bits. We differ: the blocks are the
-    mask's, and neither 1/sqrt(D) nor log2(e) is folded into the scales of Q.
+    mask's, neither 1/sqrt(D) nor log2(e) is folded into the scales of Q, and q and k are rotated by
+    the same orthogonal matrix (`rotate`), which leaves their products as they are and spreads a
+    channel that is larger than all others over many.
     Numbers of real keys must be finite. A number of q that is not finite counts as 0, so that a
     padded query harms no other one of its block.
     Raises ValueError or TypeError for other shapes, dtypes and strides.
@@ -93,6 +104,35 @@ def smooth_quantize(
     mean = module.mean_key(k, real)
     queries, shift = module.quantize_queries(q, block_q, mean)
     return Smoothed(queries, module.quantize_keys(k, block_k, mean, real), mean, shift)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """x `[..., D]` in fp32 or fp64, each group of `channels_of(D)` channels times one orthogonal
+    matrix; shape and dtype of x.
+
+    Entry i, j is +-1 / sqrt(channels), negative where i & j and i & i >> 1 have an odd number of
+    bits together: a Hadamard matrix with signs, the "incoherent processing" of FlashAttention-3
+    (arXiv 2407.08608, section 3.3). We differ: the groups are smaller than D, and the signs are the
+    Rudin-Shapiro sequence instead of random ones, so that not only a single channel but also a
+    constant over all channels, or any row of the Hadamard matrix, becomes equally large everywhere.
+    """
+    channels = channels_of(x.shape[-1])
+    if channels == 1:
+        return x
+    i, j = torch.arange(channels)[:, None], torch.arange(channels)
+    bits = (i & j) ^ (i & (i >> 1))
+    for half in (4, 2, 1):
+        bits = bits ^ (bits >> half)
+    matrix = (1.0 - 2 * (bits & 1)) / channels**0.5
+    return (x.unflatten(-1, (-1, channels)) @ matrix.to(x)).flatten(-2)
+
+
+def channels_of(D: int) -> int:
+    """How many neighbouring channels are rotated together: 64 or 16, whose square roots every dtype
+    has, or 1 for no rotation where D is no multiple of 16, or above 128 (a tile has no room)."""
+    if D > 128 or D % 16:
+        return 1
+    return 16 if D % 64 else 64
 
 
 def quantize_values(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vdit_sparse.kernels.quant import Quantized
+from vdit_sparse.kernels.quant import Quantized, rotate
 
 INT8_LARGEST = 127
 E4M3_LARGEST = 448
@@ -28,13 +28,13 @@ def quantize_queries(q: Tensor, block: int, mean: Tensor) -> tuple[Quantized, Te
     """INT8 queries and q . mean, see `smooth_quantize`."""
     q = q.float()
     shift = (q @ mean[..., None]).squeeze(-1)
-    return _quantize_blocks(torch.where(q.isfinite(), q, 0), block), shift
+    return _quantize_blocks(rotate(torch.where(q.isfinite(), q, 0)), block), shift
 
 
 def quantize_keys(k: Tensor, block: int, mean: Tensor, real: Tensor | None) -> Quantized:
     """INT8 keys less their mean, see `smooth_quantize`."""
     k = k.float() - mean[:, :, None]
-    return _quantize_blocks(k if real is None else _real_only(k, real), block)
+    return _quantize_blocks(rotate(k if real is None else _real_only(k, real)), block)
 
 
 def quantize_channels(

@@ -17,11 +17,35 @@ from vdit_sparse.kernels.quant.reference import (
     SMALLEST_SCALE,
     scale_of,
 )
-from vdit_sparse.kernels.triton_ops import has_e4m3, why_not_on
+from vdit_sparse.kernels.triton_ops import INTERPRETED, has_e4m3, why_not_on
 
 STATISTICS_ROWS = 128  # tokens that one program sums up
 VALUE_ROWS = 64  # tokens whose values one program rounds, at most; more would spill
 WARPS = 8
+# The interpreter cannot multiply bf16.
+AS_STORED = tl.constexpr(not INTERPRETED)
+
+
+@triton.jit
+def _rotated(x, mean, STORED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
+    """`quant.rotate` of an fp32 tile `[ROWS, BD]` whose numbers are exact in the dtype STORED, and
+    of the fp32 mean `[BD]`."""
+    CHANNELS: tl.constexpr = 64 if D % 64 == 0 else 16
+    GROUPS: tl.constexpr = BD // CHANNELS
+    ROOT: tl.constexpr = 0.125 if CHANNELS == 64 else 0.25
+    row, column = tl.arange(0, CHANNELS)[:, None], tl.arange(0, CHANNELS)[None, :]
+    parity = (row & column) ^ (row & (row >> 1))
+    parity ^= parity >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    matrix = tl.where((parity & 1) == 1, -ROOT, ROOT)
+    mean = tl.sum(tl.reshape(mean, [GROUPS, CHANNELS])[:, :, None] * matrix[None, :, :], 1)
+    x = tl.reshape(x, [ROWS * GROUPS, CHANNELS])
+    if AS_STORED:
+        # Powers of two are exact in every dtype.
+        x, matrix = x.to(STORED), matrix.to(STORED)
+    x = tl.dot(x, matrix, input_precision="ieee")
+    return tl.reshape(x, [ROWS, BD]), tl.reshape(mean, [BD])
 
 
 @triton.jit
@@ -60,8 +84,8 @@ def quantize_rows(
     x_b, x_h, x_s, real_b, H, N, smallest,
     LARGEST: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """INT8 of one block. shift_ptr: queries, whose product with the mean goes there, or None: keys,
-    from which the mean is taken off."""
+    """INT8 of one block, rotated. shift_ptr: queries, whose product with the mean goes there, or
+    None: keys, from which the mean, rotated, is taken off."""
     x, real = _load_real(x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD, ROWS)
     columns = tl.arange(0, BD)
     head = tl.program_id(1).to(tl.int64)
@@ -70,7 +94,10 @@ def quantize_rows(
     if shift_ptr is not None:
         tl.store(shift_ptr + head * N + rows, tl.sum(x * mean[None, :], 1), mask=rows < N)
         x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
-    else:
+    if D % 16 == 0 and D <= 128:
+        # Keys before the mean is taken off them, after which they are not exact in their dtype.
+        x, mean = _rotated(x, mean, x_ptr.dtype.element_ty, D, BD, ROWS)
+    if shift_ptr is None:
         x = tl.where(real[:, None], x - mean[None, :], 0.0)
     scale = tl.maximum(tl.math.div_rn(tl.max(tl.abs(x)), LARGEST * 1.0), smallest)
     block = head * tl.num_programs(0) + tl.program_id(0)
@@ -158,9 +185,15 @@ def _rows(
         quantize_rows[(blocks, B * H)](
             x, real, mean.contiguous(), values, scale, shift,
             *x.stride()[:3], _batch_stride(real), H, N, SMALLEST_SCALE,
-            LARGEST=INT8_LARGEST, **_shape(D, block),
+            LARGEST=INT8_LARGEST, **_shape(D, block), **limit_of(architecture(x.device), D),
         )  # fmt: skip
     return Quantized(values, scale)
+
+
+def limit_of(arch: str, D: int) -> dict[str, int]:
+    """An option of `quantize_rows` on Hopper: so few registers, without spilling one, that two
+    programs fit a multiprocessor."""
+    return {"maxnreg": 128} if arch == "sm_90" and D <= 128 else {}
 
 
 def _statistics(x: Tensor, real: Tensor | None, largest: bool) -> Tensor:

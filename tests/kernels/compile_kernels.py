@@ -121,7 +121,9 @@ def int8_variants(arch: str) -> list[Variant]:
         if tiles.TILES[(arch, 128, 128)].descriptors:
             found += [Variant(arch, ends="ragged", descriptors=False, kernel=name)]
     names = [name for name in QUANT if name != "values" or arch not in NO_FP8]
-    return found + [Variant(arch, 256, ends="valid", kernel=name) for name in names]
+    return found + [
+        Variant(arch, D, ends="valid", kernel=name) for name in names for D in (128, 256)
+    ]
 
 
 def tile_for(variant: Variant) -> tiles.Tile:
@@ -132,7 +134,8 @@ def tile_for(variant: Variant) -> tiles.Tile:
     fits = D in (64, 128) and variant.descriptors
     if name in QUANT:
         rows = quant.VALUE_ROWS if name == "values" else block
-        return tiles.Tile(rows, block, quant.WARPS, 3)
+        limit = quant.limit_of(arch, D) if name in ("queries", "keys") else {}
+        return tiles.Tile(rows, block, quant.WARPS, 3, registers=limit.get("maxnreg"))
     if name == "int8_fp8":
         fits = fits and int(arch.removeprefix("sm_")) >= 90
         return int8_tile(arch, D, itemsize, (block,) * 2, fits, name)

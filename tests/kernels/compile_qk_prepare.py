@@ -13,7 +13,6 @@ from tests.kernels.compile_kernels import ARCHITECTURES, _amd, _nvidia, _target
 from vdit_sparse.kernels.qk_prepare.blocks_triton import WARPS, inverse_norms, prepare_tiles
 from vdit_sparse.kernels.qk_prepare.triton import merge_tokens, prepare_tokens, tile_of_heads
 
-QUANTIZED = ("values_ptr", "scale_ptr", "shift_ptr")
 # Name -> kernel, heads of 128, constants that make the variant.
 VARIANTS = {
     "wan": (prepare_tokens, 40, {"ACROSS": True, "ROUND_FIRST": False, "back_ptr": None}),
@@ -28,20 +27,11 @@ VARIANTS = {
     "means": (
         prepare_tiles,
         24,
-        {"ROUND_FIRST": True, **dict.fromkeys(("norm_ptr", "mean_ptr", *QUANTIZED))},
+        {"ROUND_FIRST": True, "norm_ptr": None},
     ),
-    "queries": (
-        prepare_tiles,
-        40,
-        {"ROUND_FIRST": False, "rows_ptr": None, "means_ptr": None},
-    ),
-    "keys": (
-        prepare_tiles,
-        24,
-        {"ROUND_FIRST": True, **dict.fromkeys(("norm_ptr", "rows_ptr", "means_ptr", "shift_ptr"))},
-    ),
+    "means of all heads": (prepare_tiles, 40, {"ROUND_FIRST": False}),
 }
-FP32 = ("cos_ptr", "sin_ptr", "norm_ptr", "mean_ptr", "means_ptr", "scale_ptr", "shift_ptr")
+FP32 = ("cos_ptr", "sin_ptr", "norm_ptr", "means_ptr")
 
 
 def compile_variant(name: str, arch: str) -> dict:
@@ -50,7 +40,7 @@ def compile_variant(name: str, arch: str) -> dict:
     options = tile_of_heads(heads, 128)
     warps = options.pop("num_warps")
     if kernel is prepare_tiles:
-        options = {"D": 128, "BD": 128, "ROWS": 128, "LARGEST": 127}
+        options = {"D": 128, "BD": 128, "ROWS": 128}
         warps = WARPS
     constants = {**constants, **options}
     names = kernel.arg_names
@@ -77,13 +67,11 @@ def compile_variant(name: str, arch: str) -> dict:
 
 def _type(name: str, variant: str) -> str:
     if not name.endswith("_ptr"):
-        return "fp32" if name in ("eps", "smallest") else "i32"
+        return "fp32" if name == "eps" else "i32"
     if name in ("back_ptr", "order_ptr"):
         return "*i64"
     if name in FP32 or (variant == "norms" and name == "out_ptr"):
         return "*fp32"
-    if name == "values_ptr":
-        return "*i8"
     return "*i16" if variant == "merge" else "*bf16"
 
 

@@ -1,4 +1,4 @@
-"""`prepare_blocks` and `prepare_int8`: one pass against the same things one after the other."""
+"""`prepare_blocks`: one pass against the same things one after the other."""
 
 import pytest
 import torch
@@ -6,8 +6,7 @@ import torch
 from tests.kernels.test_qk_prepare import EPS, skip_truncation, tables
 from vdit_sparse.kernels.pool import pool_blocks
 from vdit_sparse.kernels.qk_prepare import prepare
-from vdit_sparse.kernels.qk_prepare.blocks import BACKENDS, prepare_blocks, prepare_int8
-from vdit_sparse.kernels.quant import smooth_quantize
+from vdit_sparse.kernels.qk_prepare.blocks import BACKENDS, prepare_blocks
 from vdit_sparse.kernels.reorder import reorder
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,31 +57,6 @@ def test_rows_and_means(kind, dtype, across, backend, device):
         assert (rows.transpose(1, 2)[:, (order < 0).expand(H, -1)] == 0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("across", [True, False], ids=["all heads", "each head"])
-@pytest.mark.parametrize("kind", ["none", "shared", "per head"])
-def test_int8_numbers(kind, across, backend, device):
-    blocks = (128, 64)
-    q, k, weights, rotary = inputs(device, torch.float32, across)
-    order, given = order_of(kind, device), {"eps": EPS, "round_first": not across}
-    sizes = {"block_q": blocks[0], "block_k": blocks[1]}
-    found = prepare_int8(q, k, weights, rotary, order=order, backend=backend, **sizes, **given)
-    rows = [
-        ordered(prepare(x, weight, rotary, backend="reference", **given), order)
-        for x, weight in zip((q, k), weights, strict=True)
-    ]
-    for h in range(H):
-        real = None if order is None else (order >= 0).expand(H, -1)[h : h + 1]
-        exact = smooth_quantize(*(x[:, h : h + 1] for x in rows), *blocks, real=real)
-        for name in ("q", "k"):
-            ours, theirs = getattr(found, name), getattr(exact, name)
-            torch.testing.assert_close(ours.scale[:, h : h + 1], theirs.scale, rtol=1e-4, atol=0)
-            off = ours.values[:, h : h + 1].int() - theirs.values.int()
-            assert off.abs().max() <= 1 and (off != 0).double().mean() < 5e-3
-        torch.testing.assert_close(found.mean[:, h], exact.mean[:, 0], rtol=0, atol=1e-4)
-        torch.testing.assert_close(found.shift[:, h], exact.shift[:, 0], rtol=1e-4, atol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -98,9 +72,3 @@ def test_wrong_calls_are_refused(change, error, message):
     call = {"x": torch.zeros(1, 4, 2, 8), "weight": torch.zeros(8), "eps": EPS, "block": 64}
     with pytest.raises(error, match=message):
         prepare_blocks(**(call | change))
-
-
-def test_queries_and_keys_must_agree():
-    x, weights = torch.zeros(1, 4, 2, 8), (torch.zeros(8),) * 2
-    with pytest.raises(ValueError, match="one shape and dtype"):
-        prepare_int8(x, x[:, :3], weights, eps=EPS, block_q=64, block_k=64)

@@ -6,8 +6,10 @@ import torch
 from vdit_sparse.kernels.quant import (
     BACKENDS,
     Quantized,
+    channels_of,
     quantize_values,
     reference,
+    rotate,
     smooth_quantize,
 )
 
@@ -23,8 +25,23 @@ def normal(shape, device, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(shape).to(device, dtype)
 
 
+@pytest.mark.parametrize("D", [16, 64, 72, 96, 128, 256])
+def test_rotation_keeps_products_and_spreads_what_is_alike(D):
+    x, y = normal((5, D), "cpu", torch.float64), normal((3, D), "cpu", torch.float64)
+    torch.testing.assert_close(rotate(x) @ rotate(y).T, x @ y.T, rtol=0, atol=1e-12)
+    channels = channels_of(D)
+    assert channels == {16: 16, 64: 64, 72: 1, 96: 16, 128: 64, 256: 1}[D]
+    # One channel alone, and a constant of all: each is as large everywhere as it can be.
+    one = rotate(torch.eye(D, dtype=torch.float64)[3])[:channels].abs()
+    torch.testing.assert_close(one, torch.full_like(one, channels**-0.5) if channels > 1 else one)
+    constant = rotate(torch.ones(D, dtype=torch.float64)).abs()
+    torch.testing.assert_close(constant, torch.ones_like(constant))
+
+
 def assert_int8(got: Quantized, x: torch.Tensor, block: int) -> None:
-    """`got` is fp64 x `[B, H, N, D]` to half a step of amax / 127 of its block, and zero past N."""
+    """`got` is fp64 x `[B, H, N, D]`, rotated, to half a step of amax / 127 of its block, and zero
+    past N."""
+    x = rotate(x)
     padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % block))
     steps = padded.unflatten(2, (-1, block)).abs().amax((3, 4)) / 127
     assert got.values.dtype == torch.int8 and got.values.shape == padded.shape
@@ -65,8 +82,23 @@ def test_values(shape, block, dtype, backend, device):
     assert not got.values.float()[..., N:].any()
 
 
-@each_shape
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rotated_numbers_of_triton(dtype, D, device):
+    """Sums in another order can move a number over a tie, and no further."""
+    q, k = normal((1, 2, 150, D), device, dtype), normal((1, 2, 150, D), device, dtype) + 10
+    real = torch.rand(1, 150, device=device) < 0.7
+    pairs = [smooth_quantize(q, k, 64, 64, real=real, backend=each) for each in BACKENDS]
+    for name in ("q", "k"):
+        ours, expected = (getattr(pair, name) for pair in pairs)
+        torch.testing.assert_close(ours.scale, expected.scale, rtol=1e-5, atol=0)
+        off = (ours.values.int() - expected.values.int()).abs()
+        assert off.max() <= 1 and (off != 0).double().mean() < 5e-3
+
+
+@pytest.mark.parametrize("shape, block", [((1, 2, 256, 8), 128), SHAPES["ragged"]])
 def test_triton_rounds_as_the_reference(shape, block, device):
+    """Where nothing is rotated: the same bits, ties too."""
     from vdit_sparse.kernels.quant import triton
 
     x, mean = normal(shape, device), normal((shape[0], shape[1], shape[3]), device)
