@@ -38,9 +38,10 @@ def build_app(studio: Studio, host: str = "127.0.0.1") -> FastAPI:
     app.router.routes.extend(routes(desk))
     head = "".join(f'<link rel="stylesheet" href="/studio/static/{name}">' for name in SHEETS)
     head += "".join(f'<script defer src="/studio/static/{name}"></script>' for name in SCRIPTS)
+    page = build_page(desk)
     gr.mount_gradio_app(
         app,
-        build_page(desk),
+        page,
         path="/",
         footer_links=[],
         run_history=False,
@@ -52,6 +53,9 @@ def build_app(studio: Studio, host: str = "127.0.0.1") -> FastAPI:
         theme=studio_theme(),
         head=head,
     )
+    # A mounted page has not, and of one that has not Gradio takes any file of the server's for an
+    # upload whose path a request names.
+    page.has_launched = True
     app.add_middleware(Gate, limits=studio.limits, auth=studio.auth, loopback=is_loopback(host))
     return app
 

@@ -14,7 +14,9 @@ pytest.importorskip("gradio", reason="the studio needs the extra `demo`")
 
 import httpx  # noqa: E402
 import uvicorn  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
+from vdit_sparse.app.cli import app  # noqa: E402
 from vdit_sparse.app.demo.limits import Limits, Studio  # noqa: E402
 from vdit_sparse.app.demo.server import build_app  # noqa: E402
 
@@ -33,6 +35,19 @@ def root(tiny_model, tiny_image_model, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def calibration(root, tmp_path_factory):
+    """A calibration of the tiny model, of videos of 128x128 pixels and 9 frames."""
+    folder = tmp_path_factory.mktemp("calibration")
+    (folder / "prompts.txt").write_text("a cat runs\n")
+    words = ["calibrate", "--method", "paro", "--prompts", folder / "prompts.txt"]
+    words += ["--model", root / "tiny", "--out", folder / "paro.safetensors", "--seeds", 0]
+    words += ["--size", "128x128", "--num-frames", 9, "--steps", 2, "--device", "cpu"]
+    done = CliRunner().invoke(app, [str(word) for word in [*words, "--dtype", "fp32", "--set", "density=0.5"]])
+    assert done.exit_code == 0, done.output
+    return folder / "paro.safetensors"
+
+
 @pytest.fixture
 def studio(root, tmp_path):
     """Settings of a studio on the CPU."""
@@ -45,13 +60,13 @@ def running(studio: Studio, host: str = "127.0.0.1"):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    app = build_app(studio, host)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    built = build_app(studio, host)
+    server = uvicorn.Server(uvicorn.Config(built, port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started)
     try:
-        yield f"http://127.0.0.1:{port}", app.state.desk
+        yield f"http://127.0.0.1:{port}", built.state.desk
     finally:
         server.should_exit = True
         server.force_exit = True

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +12,10 @@ import httpx
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from PIL import Image
 
 from tests.app.demo.conftest import FORM, running, until
 from vdit_sparse.app.demo import worker
-from vdit_sparse.app.demo.desk import Desk, read_image
+from vdit_sparse.app.demo.desk import Desk
 from vdit_sparse.app.demo.gate import COOKIE
 from vdit_sparse.app.demo.limits import Limits
 from vdit_sparse.app.demo.store import new_name, owner_of
@@ -255,45 +253,3 @@ def test_a_failure_is_words_and_the_log_has_the_rest(studio, monkeypatch, caplog
 
 def test_words_have_no_options():
     assert worker.in_words(InputError("--num-frames must be 5.")) == "Num frames must be 5."
-
-
-def test_uploads_are_judged_by_what_is_in_them(studio, tmp_path):
-    desk = Desk(studio)
-    who = "a" * 32
-    bad = {
-        "text.safetensors": b"not at all",
-        "pickle.safetensors": b"\x80\x04cposix\nsystem\n(S'true'\ntR.",
-        "long.safetensors": (2**62).to_bytes(8, "little") + b"{}",
-        "empty.safetensors": b"",
-    }
-    for name, content in bad.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match="no calibration file") as refused:
-            desk.upload_calibration(who, tmp_path / name)
-        assert str(tmp_path) not in str(refused.value)
-    good = sorted(desk_calibrations())[0]
-    token, said = desk.upload_calibration(who, good)
-    assert "7 x 16 x 28 tokens" in said and set(desk.store.uploads(who)) == {token}
-    assert desk.store.uploads("b" * 32) == {}
-    for number in range(14):
-        (tmp_path / "i.png").unlink(missing_ok=True)
-        Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / "i.png")
-        desk.upload_image(who, tmp_path / "i.png")
-        time.sleep(0.01)
-    assert len(desk.store.uploads(who)) == 10
-
-
-def desk_calibrations():
-    from vdit_sparse.app.checks import bundled_model
-
-    return (bundled_model() / "calibrations").glob("*.safetensors")
-
-
-def test_images_that_are_none(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"<svg onload=alert(1)>")
-    with pytest.raises(InputError, match="no image"):
-        read_image(tmp_path / "a.png", 10**6)
-    Image.new("L", (2000, 1000)).save(tmp_path / "b.png")
-    with pytest.raises(InputError, match="2,000 x 1,000 pixels"):
-        read_image(tmp_path / "b.png", 10**6)
-    assert read_image(tmp_path / "b.png", 2 * 10**6).mode == "RGB"
