@@ -18,8 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from vdit_sparse.kernels.block_sparse.hopper.parts import (
     ROWS,
+    SMALLEST,
     advance,
     finite,
+    key_place,
     masked,
     peak_of,
     real_in_step,
@@ -51,6 +53,7 @@ def _produce(
     Q_BYTES: gl.constexpr = ROWS * D * q_desc.dtype.primitive_bitwidth // 8
     K_BYTES: gl.constexpr = BN * D * k_desc.dtype.primitive_bitwidth // 8
     V_BYTES: gl.constexpr = BN * D * v_desc.dtype.primitive_bitwidth // 8
+    LONE: gl.constexpr = k_smem.shape[0] != v_smem.shape[0]
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     parity = gl.to_tensor(1)
@@ -68,10 +71,11 @@ def _produce(
             )
         parity ^= 1
         for i in range(gl.maximum(steps, 1)):
-            mbarrier.wait(k_empty.index(slot), phase ^ 1)
-            mbarrier.expect(k_ready.index(slot), K_BYTES)
+            k_slot, k_phase = key_place(slot, phase, LONE)
+            mbarrier.wait(k_empty.index(k_slot), k_phase ^ 1)
+            mbarrier.expect(k_ready.index(k_slot), K_BYTES)
             tma.async_copy_global_to_shared(
-                k_desc, [b, h, start, 0], k_ready.index(slot), k_smem.index(slot)
+                k_desc, [b, h, start, 0], k_ready.index(k_slot), k_smem.index(k_slot)
             )
             if not MERGED:
                 mbarrier.wait(v_empty.index(slot), phase ^ 1)
@@ -127,6 +131,7 @@ def _consume(
     # Stale maxima need room above 1, which e4m3 at 448 has not; masked rows have no maximum.
     STALE: gl.constexpr = LAZY and not VALID and not FP8
     q_smem, k_smem, v_smem = buffers
+    LONE: gl.constexpr = k_smem.shape[0] != v_smem.shape[0]
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, _turns = barriers
     q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr = scales
     H, S, _keys, nk = sizes
@@ -147,14 +152,15 @@ def _consume(
         if INT8:
             nq = (S + BLOCK_Q - 1) // BLOCK_Q
             to_log2 *= gl.load(q_scale_ptr + head * nq + m0 // BLOCK_Q)
-            factor = to_log2 * gl.load(k_scale_ptr + k_row + block)
+            factor = gl.maximum(to_log2 * gl.load(k_scale_ptr + k_row + block), SMALLEST)
         mbarrier.wait(q_ready.index(W), parity)
         parity ^= 1
         q = q_smem.index(W).reshape([ROWS, D])
-        started = start_scores(q, k_smem, k_ready, slot, phase, D, BN, S_L, INT8)
+        k_slot, k_phase = key_place(slot, phase, LONE)
+        started = start_scores(q, k_smem, k_ready, k_slot, k_phase, D, BN, S_L, INT8)
         scores = scores_of(warpgroup_mma_wait(0, [started]))
         if not MERGED:
-            mbarrier.arrive(k_empty.index(slot))
+            mbarrier.arrive(k_empty.index(k_slot))
         if real < BN:
             scores = masked(scores, real, S_L, BN)
             if not FP8:
@@ -168,7 +174,7 @@ def _consume(
         state = acc, p, peak, total, alpha, slot, phase, turn
         row = list_ptr, steps, full, length, to_log2, k_row
         first = gl.to_tensor(1)
-        if UNROLL:
+        if UNROLL and not SKIP:
             first = gl.maximum(steps - (steps - 1) % 2, 1)
             for i in range(1, first, 2):
                 for j in gl.static_range(2):
@@ -236,7 +242,8 @@ def hopper_forward(
     idx_ptr, cnt_ptr, valid_ptr, kv_len_ptr, order_ptr, skips_ptr,
     idx_b, idx_h, idx_q, cnt_b, cnt_h, cnt_q, H, S, keys, nk, tiles, scale, skip_log2,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
+    PERSISTENT: gl.constexpr,
     PINGPONG: gl.constexpr, MERGED: gl.constexpr, LAZY: gl.constexpr, EMULATE: gl.constexpr,
     LATE: gl.constexpr, UNROLL: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -250,7 +257,7 @@ def hopper_forward(
     V_ROWS: gl.constexpr = D if FP8 else BN
     V_COLUMNS: gl.constexpr = BN if FP8 else D
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [KEY_STAGES, 1, 1, BN, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(
         v_desc.dtype, [STAGES, 1, 1, V_ROWS, V_COLUMNS], v_desc.layout
     )
@@ -262,8 +269,8 @@ def hopper_forward(
     q_ready = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], LAYOUT)
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], LAYOUT)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], LAYOUT)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], LAYOUT)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], LAYOUT)
+    k_ready = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], LAYOUT)
+    k_empty = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], LAYOUT)
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], LAYOUT)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], LAYOUT)
     for i in gl.static_range(CONSUMERS):
@@ -271,9 +278,10 @@ def hopper_forward(
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(turns.index(i), count=1)
-    for i in gl.static_range(STAGES):
+    for i in gl.static_range(KEY_STAGES):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(STAGES):
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
     fence_async_shared()

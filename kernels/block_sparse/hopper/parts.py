@@ -6,6 +6,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 ROWS = gl.constexpr(64)  # queries of a consumer
 LOG2_448 = gl.constexpr(8.807354922057604)  # of the largest number of e4m3
+# Of the factor of integer scores: a block of zeros has a scale so small that a product of two is 0,
+# and -inf * 0 is nan.
+SMALLEST = gl.constexpr(1e-30)
 GROWTH = gl.constexpr(8.0)  # log2 of how far a stale maximum may be exceeded
 # Three of four exponentials in the special function unit, the fourth on the FMA units: 2^x is
 # 2^round(x) times a cubic in the rest, of relative error below 1e-4 (FlashAttention-4's trick).
@@ -38,6 +41,14 @@ def advance(slot, phase, STAGES: gl.constexpr):
     slot += 1
     wrapped = slot == STAGES
     return gl.where(wrapped, 0, slot), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def key_place(slot, phase, LONE: gl.constexpr):
+    """Where the keys lie whose values have this place; LONE: one tile of keys for two of values."""
+    if LONE:
+        slot, phase = 0, slot
+    return slot, phase
 
 
 @gluon.jit

@@ -11,8 +11,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from vdit_sparse.kernels.block_sparse.hopper.parts import (
     GROWTH,
     ROWS,
+    SMALLEST,
     advance,
     finite,
+    key_place,
     masked,
     peak_of,
     real_in_step,
@@ -74,7 +76,7 @@ def step(
     if VALID:
         real = real_in_step(block, start, steps, length, valid_ptr, BLOCK_K, BN)
     if INT8:
-        factor = to_log2 * gl.load(k_scale_ptr + k_row + block)
+        factor = gl.maximum(to_log2 * gl.load(k_scale_ptr + k_row + block), SMALLEST)
     last, last_phase = slot, phase
     slot, phase = advance(slot, phase, STAGES)
     if VALID:
@@ -83,7 +85,8 @@ def step(
             zero_from(v_smem.index(last).reshape([BN, D]), real_last, BN, D)
     if PINGPONG:
         mbarrier.wait(turns.index(W), turn ^ (1 - W))
-    scores_started = start_scores(q, k_smem, k_ready, slot, phase, D, BN, S_L, INT8)
+    k_slot, k_phase = key_place(slot, phase, k_smem.shape[0] != v_smem.shape[0])
+    scores_started = start_scores(q, k_smem, k_ready, k_slot, k_phase, D, BN, S_L, INT8)
     if not VALID:
         mbarrier.wait(v_ready.index(last), last_phase)
     values_started = start_values(p, acc, v_smem, last, D, BN, O_L, FP8)
@@ -92,7 +95,7 @@ def step(
         turn ^= 1
     scores = scores_of(warpgroup_mma_wait(1, [scores_started]))
     if not MERGED:
-        mbarrier.arrive(k_empty.index(slot))
+        mbarrier.arrive(k_empty.index(k_slot))
     if VALID:
         scores = masked(scores, real, S_L, BN)
     peak_new = gl.maximum(peak, peak_of(scores, factor, FP8))
@@ -136,9 +139,10 @@ def step_or_skip(
     VALID: gl.constexpr = valid_ptr is not None
     block, start = step_at(list_ptr, steps - 1 - i, full, BLOCK_K, BN)
     real = real_in_step(block, start, steps, length, valid_ptr, BLOCK_K, BN)
-    started = start_scores(q, k_smem, k_ready, slot, phase, D, BN, S_L, False)
+    k_slot, k_phase = key_place(slot, phase, k_smem.shape[0] != v_smem.shape[0])
+    started = start_scores(q, k_smem, k_ready, k_slot, k_phase, D, BN, S_L, False)
     scores = warpgroup_mma_wait(0, [started])
-    mbarrier.arrive(k_empty.index(slot))
+    mbarrier.arrive(k_empty.index(k_slot))
     if VALID:
         scores = masked(scores, real, S_L, BN)
     top = peak_of(scores, factor, False)

@@ -12,7 +12,7 @@ class Variant:
     """One way to compile and launch the kernel.
 
     consumers: warpgroups of 64 queries each, 1 or 2; keys: keys of a step, tokens; stages: tiles of
-    keys, and of values, in shared memory.
+    keys, and of values, in shared memory; lone: one tile of keys for two of values.
     persistent: as many programs as fit the GPU, each of which takes tile after tile and loads the
     next tile's queries early; pingpong: consumers start their products in turns; merged: keys and
     values of a step are released together; lazy: the accumulator is rescaled only when a maximum
@@ -26,6 +26,7 @@ class Variant:
     consumers: int
     keys: int
     stages: int
+    lone: bool = False
     persistent: bool = False
     pingpong: bool = False
     merged: bool = False
@@ -36,6 +37,10 @@ class Variant:
     longest_first: bool = False
     producer_registers: int = 24
     registers: int | None = None
+
+    def __post_init__(self):
+        if self.lone and (self.stages != 2 or self.merged):
+            raise ValueError(f"lone needs stages=2 and merged=False, got {self}.")
 
     @property
     def rows(self) -> int:
@@ -54,6 +59,7 @@ class Variant:
             "BN": self.keys,
             "CONSUMERS": self.consumers,
             "STAGES": self.stages,
+            "KEY_STAGES": 1 if self.lone else self.stages,
             "PERSISTENT": self.persistent,
             "PINGPONG": self.pingpong,
             "MERGED": self.merged,

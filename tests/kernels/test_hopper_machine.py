@@ -1,0 +1,145 @@
+"""The Hopper kernel's own source on a multiprocessor of plain Python: its protocol and numbers.
+
+`hopper_machine.py` says what it finds and what it does not.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.kernels.cases import Case, make
+from tests.kernels.hopper_machine import Machine, attend_here
+from tests.kernels.tolerance import assert_attention
+from vdit_sparse.kernels.block_mask import BlockMask
+from vdit_sparse.kernels.block_sparse.hopper.launch import launch, launch_skipping
+from vdit_sparse.kernels.block_sparse.hopper.variants import Variant, variant_for
+from vdit_sparse.kernels.block_sparse.reference import forward as reference_forward
+
+CASES = {
+    "ragged": Case(S=300, lists="batch", B=2),
+    "more keys": Case(S=100, keys=257, layout="BSHD"),
+    "key blocks of 64": Case(S=321, block=(128, 64), rows="empty"),
+    "query blocks of 64": Case(S=321, block=(64, 128), rows="full"),
+    "blocks of 64, D of 128": Case(S=193, block=64, D=128, rows="empty"),
+    "all rows full": Case(S=257, rows="all"),
+    "padded": Case(S=257, B=3, lists="batch", kv_len=(0, 77, 200)),
+    "padded full rows": Case(S=257, B=2, rows="all", block=(128, 64), kv_len=(128, 250)),
+    "masked slots": Case(S=257, valid=True, block=64),
+    "masked and padded": Case(S=257, B=2, valid=True, kv_len=(100, 999)),
+}
+WIDE, THIN = Variant(2, 128, 2), Variant(1, 64, 3)
+FORMS = {
+    "two consumers": WIDE,
+    "persistent": replace(WIDE, persistent=True),
+    "ping-pong": replace(WIDE, pingpong=True),
+    "persistent ping-pong": replace(WIDE, persistent=True, pingpong=True, stages=3),
+    "lazy": replace(WIDE, lazy=True),
+    "unrolled": replace(WIDE, unroll=True),
+    "emulated": replace(WIDE, emulate=True),
+    "longest first": replace(WIDE, longest_first=True, persistent=True),
+    "merged": replace(WIDE, keys=64, stages=4, merged=True),
+    "merged ping-pong": replace(WIDE, merged=True, pingpong=True, persistent=True),
+    "one consumer": THIN,
+    "one consumer, persistent": replace(THIN, persistent=True, unroll=True),
+    "one stage": replace(THIN, keys=128, stages=1),
+    "lone": replace(THIN, keys=128, stages=2, lone=True),
+    "lone, persistent": replace(THIN, keys=128, stages=2, lone=True, persistent=True),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_matches_float64(case, poisoned, monkeypatch):
+    attend_here(monkeypatch)
+    q, k, v, mask, kv_len = make(replace(case, dtype=torch.bfloat16), torch.device("cpu"))
+    variant = variant_for(case.D, (mask.block_q, mask.block_k), "bf16", case.valid)
+    result = launch(q, k, v, mask, case.D**-0.5, kv_len, "bf16", variant)
+    assert_attention(result, q, k, v, mask, kv_len)
+
+
+def uneven(block_q: int):
+    """Lists of 0 to 7 blocks, the last of them ragged."""
+    q, k, v = torch.randn(3, 1, 1, 870, 64, dtype=torch.bfloat16)
+    rows = -(-870 // block_q)
+    lengths = torch.randperm(rows) % 8
+    keep = torch.rand(rows, 7).argsort(1) < lengths[:, None]
+    return q, k, v, BlockMask.from_keep(keep, (block_q, 128))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_every_form_keeps_its_protocol(form, seed, monkeypatch):
+    attend_here(monkeypatch, seed, multiprocessors=1)
+    q, k, v, mask = uneven(form.rows)
+    result = launch(q, k, v, mask, 0.125, None, "bf16", form)
+    assert_attention(result, q, k, v, mask)
+
+
+@pytest.mark.parametrize(
+    ("precision", "late"), [("int8_bf16", False), ("int8_fp8", False), ("int8_fp8", True)]
+)
+@pytest.mark.parametrize("name", ["padded", "blocks of 64, D of 128", "masked slots"])
+def test_8_bits_are_the_reference(name, precision, late, monkeypatch):
+    attend_here(monkeypatch)
+    case = replace(CASES[name], dtype=torch.bfloat16)
+    q, k, v, mask, kv_len = make(case, torch.device("cpu"))
+    q[0] = 0  # its blocks have the smallest scales that there are
+    blocks, scale = (mask.block_q, mask.block_k), case.D**-0.5
+    form = replace(variant_for(case.D, blocks, precision, case.valid), late=late)
+    out, lse = launch(q, k, v, mask, scale, kv_len, precision, form)
+    expected, expected_lse = reference_forward(q, k, v, mask, scale, kv_len, precision)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
+    difference = (out.float() - expected.float()).norm() / expected.float().norm()
+    assert difference < {"int8_bf16": 5e-3, "int8_fp8": 3e-2}[precision]
+
+
+@pytest.mark.parametrize("threshold", [1.0, 1e-30])
+@pytest.mark.parametrize("name", ["blocks of 64, D of 128", "padded", "masked slots"])
+def test_skipping(name, threshold, monkeypatch):
+    attend_here(monkeypatch)
+    case = replace(CASES[name], dtype=torch.bfloat16)
+    q, k, v, mask, kv_len = make(case, torch.device("cpu"))
+    k *= torch.linspace(0, 6, k.shape[2])[:, None]  # later keys weigh more
+    form = variant_for(case.D, (mask.block_q, mask.block_k), "bf16", case.valid)
+    out, lse, skipped = launch_skipping(q, k, v, mask, case.D**-0.5, kv_len, threshold, form)
+    assert not (skipped & ~mask.keep()).any()
+    assert skipped.any() == (threshold == 1.0) or name == "padded"
+    if mask.block_q == 64:
+        mask = BlockMask.from_keep(mask.keep() & ~skipped, 64, valid=mask.valid)
+    if mask.block_q == 64 or not skipped.any():
+        assert_attention((out, lse), q, k, v, mask, kv_len)
+
+
+def broken(name: str, change):
+    """A fault of the kernel, as a change to what the machine does."""
+
+    def use(monkeypatch):
+        monkeypatch.setattr(Machine, name, change(getattr(Machine, name)))
+
+    return use
+
+
+FAULTS = {
+    "no fence": broken("fence", lambda old: lambda self: None),
+    "too few bytes": broken(
+        "expect", lambda old: lambda self, bar, size: old(self, bar, size // 2)
+    ),
+    "no waiting": broken("wait", lambda old: lambda self, bar, parity: self.current.pause()),
+    "no wait for stores": broken("store_wait", lambda old: lambda self, pending: None),
+    "no wait for products": broken(
+        "product_wait", lambda old: lambda self, pending, wanted: old(self, 2, wanted)
+    ),
+    "arrives twice": broken(
+        "arrive", lambda old: lambda self, bar: (old(self, bar), old(self, bar))
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_the_machine_finds_faults(fault, monkeypatch):
+    attend_here(monkeypatch, multiprocessors=1)
+    fault(monkeypatch)
+    q, k, v, mask = uneven(128)
+    form = replace(WIDE, persistent=True)
+    with pytest.raises((RuntimeError, AssertionError)):
+        assert_attention(launch(q, k, v, mask, 0.125, None, "bf16", form), q, k, v, mask)
