@@ -1,34 +1,26 @@
 """`apply`, `remove` and `summary`: a method into a diffusers model, out again, and what it did."""
 
-import hashlib
 import inspect
-import json
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
 from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
 
-from vdit_sparse.call import Origin
 from vdit_sparse.method import SparseAttention
-from vdit_sparse.pipelines.clock import Clock, Schedule
-from vdit_sparse.pipelines.families import DENOISERS, Family, family_of, preset
+from vdit_sparse.pipelines.clock import Clock
+from vdit_sparse.pipelines.families import Family, family_of, preset
 from vdit_sparse.pipelines.hook import Run
 from vdit_sparse.pipelines.offload import beneath_offload
 from vdit_sparse.pipelines.processor import SparseAttnProcessor, skipped
 from vdit_sparse.pipelines.report import Summary, settle
 from vdit_sparse.pipelines.spot_check import SpotCheck
+from vdit_sparse.pipelines.target import Target, denoisers_of, origin_of, schedule_of
 from vdit_sparse.pipelines.ulysses import check_split, has_no_stock_split, is_outermost
 
 HOOK = "vdit_sparse"
-CALIBRATIONS = "calibrations"  # folder of a checkpoint
-
-Target = DiffusionPipeline | torch.nn.Module
 
 
 def apply(
@@ -41,7 +33,8 @@ def apply(
 ) -> None:
     """Runs the self-attention of a pipeline or transformer through a method.
 
-    target: a diffusers pipeline (all its denoisers, so both experts of Wan 2.2) or a transformer.
+    target: a diffusers pipeline (all its denoisers, so both experts of Wan 2.2), a modular one, or
+        a transformer.
         On a bare transformer the number of steps is unknown unless the caller's `cache_context`
         gives it.
     method: a method or the name of one of the family's presets.
@@ -62,7 +55,7 @@ def apply(
     }
     for name, model in denoisers.items():
         _check(model, methods[name])
-    clock = Clock(_schedule_of(target))
+    clock = Clock(schedule_of(target))
     for name, model in denoisers.items():
         run = _installed(name, model)
         run.clock = clock
@@ -142,42 +135,6 @@ class SparsePipelineMixin:
         for model in denoisers_of(self).values():
             for module in family_of(model).layers(model).values():
                 _set_processor(module, processor)
-
-
-def denoisers_of(target: Target) -> dict[str, torch.nn.Module]:
-    """The transformers of a pipeline, or the transformer itself, by name. Raises TypeError for
-    anything else, and ValueError for a pipeline without one, or of no known family."""
-    if isinstance(target, torch.nn.Module):
-        family_of(target)
-        return {"transformer": target}
-    if not isinstance(target, DiffusionPipeline):
-        raise TypeError(
-            f"Expected a diffusers pipeline or transformer, got {type(target).__name__}."
-        )
-    named = {name: getattr(target, name, None) for name in DENOISERS}
-    denoisers = {name: model for name, model in named.items() if model is not None}
-    if not denoisers:
-        raise ValueError(f"{type(target).__name__} has no transformer to attach to.")
-    for model in denoisers.values():
-        family_of(model)
-    return denoisers
-
-
-def origin_of(target: Target, expert: str, model: torch.nn.Module) -> Origin:
-    """What calibrations need to know of a model: its name, configuration and scheduler, and the
-    folder of those that came with it."""
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-    source = str(getattr(target.config, "_name_or_path", "") or "")
-    folder = Path(source) / CALIBRATIONS
-    scheduler = getattr(target, "scheduler", None)
-    return Origin(
-        model=Path(source).name if Path(source).is_dir() else source,
-        config=digest[:16],
-        scheduler=type(scheduler).__name__ if scheduler is not None else "",
-        expert=expert,
-        calibrations=str(folder) if source and folder.is_dir() else "",
-    )
 
 
 def _run_of(model: torch.nn.Module) -> Run | None:
@@ -279,19 +236,3 @@ def _set_processor(module: torch.nn.Module, processor: object) -> None:
         module.set_processor(processor)
     else:  # Mochi's
         module.processor = processor
-
-
-def _schedule_of(target: Target) -> Callable[[], Schedule]:
-    """Reads the scheduler, without keeping the pipeline alive."""
-    if isinstance(target, torch.nn.Module):
-        return Schedule
-    pipeline = weakref.ref(target)
-
-    def schedule() -> Schedule:
-        scheduler = getattr(pipeline(), "scheduler", None)
-        timesteps, index, first = (
-            getattr(scheduler, name, None) for name in ("timesteps", "step_index", "begin_index")
-        )
-        return Schedule(timesteps, index, first or 0)
-
-    return schedule

@@ -1,7 +1,8 @@
 """Where a denoising run is: its step, its guidance branch, and when a new run begins."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from diffusers.hooks.hooks import CacheContext
@@ -15,12 +16,14 @@ class Schedule(NamedTuple):
 
     timesteps: of the run, a new tensor for each run; index: place in it of the step in progress,
     None before the first step and where the scheduler does not count; first: the step that the run
-    begins with, more than 0 where a pipeline skips some (image to image).
+    begins with, more than 0 where a pipeline skips some (image to image); guidance: what a modular
+    pipeline's guider is doing in the step in progress, by expert.
     """
 
     timesteps: Tensor | None = None
     index: int | None = None
     first: int = 0
+    guidance: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass
@@ -30,11 +33,13 @@ class Clock:
 
     Pipelines differ in what they say (diffusers passes the step for Wan T2V only), so the step is
     the context's, or else counted by changes of the scheduler's index, or else of the timestep
-    (which several steps may share once it is rounded to bf16); the branch is the context's name, or
-    else the number of the call within the step. A new run begins when the last one was reset or
-    died, when the scheduler has another schedule (a pipeline sets it once a run, and only some
-    models are reset), when steps go back, when the timestep rises, or when a branch comes twice at
-    a first step.
+    (which several steps may share once it is rounded to bf16). The branch is the context's name, or
+    else the number of the call within the step; where a guider leaves calls out of some steps, the
+    second of two is not the second of three, while the first always has the prompt. A new run
+    begins when the last one was reset or died, when the scheduler has another schedule (a pipeline
+    sets it once a run, and only some models are reset), when steps go back, when the timestep
+    rises, or when a branch comes twice at a first step.
+
     run: number of the run, 0 before the first; grid: of the last model call.
     """
 
@@ -80,9 +85,13 @@ class Clock:
         timesteps = self._schedule.timesteps
         left = None if timesteps is None else len(timesteps) - self._schedule.first
         self.steps = known or left
-        branch = context.name if context is not None else f"call {len(self._seen)}"
+        branch = context.name if context is not None else self._number(expert)
         self._seen.add((expert, branch))
         return branch
+
+    def _number(self, expert: str) -> str:
+        number, all_calls = len(self._seen), self._schedule.guidance.get(expert)
+        return f"call {number} of {all_calls}" if number and all_calls else f"call {number}"
 
     def _follow(self, step: int, call: tuple[str, str]) -> None:
         again = step == self.step and call in self._seen
