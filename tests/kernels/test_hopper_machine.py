@@ -4,6 +4,7 @@
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.kernels.cases import Case, make
 from tests.kernels.hopper_machine import Machine, attend_here
 from tests.kernels.tolerance import assert_attention
 from vdit_sparse.kernels.block_mask import BlockMask
+from vdit_sparse.kernels.block_sparse.hopper import self_check
 from vdit_sparse.kernels.block_sparse.hopper.launch import launch, launch_skipping
 from vdit_sparse.kernels.block_sparse.hopper.variants import Variant, variant_for
 from vdit_sparse.kernels.block_sparse.reference import forward as reference_forward
@@ -143,3 +145,34 @@ def test_the_machine_finds_faults(fault, monkeypatch):
     form = replace(WIDE, persistent=True)
     with pytest.raises((RuntimeError, AssertionError)):
         assert_attention(launch(q, k, v, mask, 0.125, None, "bf16", form), q, k, v, mask)
+
+
+@pytest.mark.parametrize("valid", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "skipping"), [("bf16", False), ("int8_fp8", False), ("bf16", True)]
+)
+def test_its_self_check_passes(precision, skipping, padded, valid, monkeypatch):
+    attend_here(monkeypatch)
+    monkeypatch.setattr(self_check, "wait_for", lambda device: None)
+    kind = (torch.device("cpu"), torch.bfloat16, 64, (64, 128), precision, valid)
+    assert self_check._check.__wrapped__(*kind, padded, skipping) is None
+
+
+def test_its_self_check_fails_where_it_is_wrong(monkeypatch):
+    attend_here(monkeypatch)
+    monkeypatch.setattr(self_check, "wait_for", lambda device: None)
+    FAULTS["no waiting"](monkeypatch)
+    reason = self_check._check.__wrapped__(
+        torch.device("cpu"), torch.bfloat16, 64, (128, 128), "bf16", False
+    )
+    assert reason.startswith("its self-check failed")
+
+
+def test_a_kernel_that_never_ends_is_not_waited_for(monkeypatch):
+    event = SimpleNamespace(record=lambda stream: None, query=lambda: False)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(self_check, "SECONDS", 0.01)
+    with pytest.raises(TimeoutError, match="did not end its self-check within 0 s and still holds"):
+        self_check.wait_for(torch.device("cpu"))

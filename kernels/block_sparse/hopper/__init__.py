@@ -71,6 +71,8 @@ def forward(
     """See `block_sparse_attention`."""
     from vdit_sparse.kernels.block_sparse.hopper.launch import launch
 
+    if kv_len is not None:
+        _check_form(q, mask, precision, padded=True)
     blocks = (mask.block_q, mask.block_k)
     variant = variant_for(q.shape[-1], blocks, precision, mask.valid is not None)
     return launch(q, k, v, mask, scale, kv_len, precision, variant)
@@ -88,6 +90,23 @@ def forward_skipping(
     """See `skipping_attention`; a tile has 64 queries."""
     from vdit_sparse.kernels.block_sparse.hopper.launch import launch_skipping
 
+    _check_form(q, mask, "bf16", padded=kv_len is not None, skipping=True)
     blocks = (mask.block_q, mask.block_k)
     variant = variant_for(q.shape[-1], blocks, "bf16", mask.valid is not None)
     return launch_skipping(q, k, v, mask, scale, kv_len, skip_threshold, variant)
+
+
+def _check_form(
+    q: Tensor, mask: BlockMask, precision: str, padded: bool, skipping: bool = False
+) -> None:
+    """Raises RuntimeError where the kernel's form for such a call, which `supports` does not know,
+    fails its own self-check."""
+    from vdit_sparse.kernels.block_sparse.hopper.self_check import why_distrusted
+
+    kind = (q.device, q.dtype, q.shape[-1], (mask.block_q, mask.block_k), precision)
+    reason = why_distrusted(*kind, mask.valid is not None, padded, skipping)
+    if reason is not None:
+        what = "skip_threshold" if skipping else "kv_len"
+        raise RuntimeError(
+            f"backend 'hopper' cannot compute calls with {what}: {reason}. Pass backend='triton'."
+        )

@@ -1,13 +1,18 @@
-"""The Hopper kernel against the reference, once per process and kind of call, before it is used."""
+"""The Hopper kernel against the reference, once per process and kind of call, before it is used.
+
+It may compute wrongly or never end. The first is a reason not to use it. After the second the GPU
+is lost to this process, which is told so instead of waiting without a word.
+"""
 
 from functools import cache
+from time import monotonic, sleep
 
 import torch
 from torch import Tensor
 from triton.runtime.errors import TritonError
 
 from vdit_sparse.kernels.block_mask import BlockMask
-from vdit_sparse.kernels.block_sparse.hopper.launch import launch
+from vdit_sparse.kernels.block_sparse.hopper.launch import launch, launch_skipping
 from vdit_sparse.kernels.block_sparse.hopper.variants import variant_for
 from vdit_sparse.kernels.block_sparse.reference import forward as reference_forward
 
@@ -15,7 +20,9 @@ from vdit_sparse.kernels.block_sparse.reference import forward as reference_forw
 # 3.7e-2 of it.
 LARGEST_ERROR = {"bf16": 7e-3, "int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
 LARGEST_LSE_ERROR = {"bf16": 1e-3, "int8_bf16": 0.05, "int8_fp8": 0.05}
+SECONDS = 20.0  # after which the kernel counts as hung; it takes under a millisecond
 TOKENS = 300  # queries and keys: three blocks of 128 or five of 64, the last one ragged
+PADDED = 210  # kv_len of padded calls: less by one or two blocks, and ragged again
 
 
 def why_distrusted(
@@ -25,13 +32,16 @@ def why_distrusted(
     blocks: tuple[int, int],
     precision: str,
     valid: bool,
+    padded: bool = False,
+    skipping: bool = False,
 ) -> str | None:
-    """Why the kernel may not be used for such calls, None if it computed one correctly.
+    """Why the kernel may not be used for such calls, None if it computed one correctly; padded:
+    with kv_len; skipping: with skip_threshold. Raises TimeoutError if it does not end.
 
     Compiling and comparing are no work for a graph capture: there a kind of call that was not seen
     before is refused.
     """
-    kind = (device, dtype, D, blocks, precision, valid)
+    kind = (device, dtype, D, blocks, precision, valid, padded, skipping)
     if kind not in _seen and torch.cuda.is_current_stream_capturing():
         return "its self-check cannot run in a graph capture; make one such call before capturing"
     _seen.add(kind)
@@ -49,18 +59,46 @@ def _check(
     blocks: tuple[int, int],
     precision: str,
     valid: bool,
+    padded: bool = False,
+    skipping: bool = False,
 ) -> str | None:
     q, k, v, mask = problem(device, dtype, D, blocks, valid)
+    kv_len = torch.tensor([PADDED], dtype=torch.int32, device=device) if padded else None
+    # On the CPU, so that all that was queued before is done when the clock below starts.
+    exact = [
+        x.cpu()
+        for x in reference_forward(*(x.float() for x in (q, k, v)), mask, D**-0.5, kv_len, "bf16")
+    ]
     variant = variant_for(D, blocks, precision, valid)
+    call = (q, k, v, mask, D**-0.5, kv_len)
     try:
-        out, lse = launch(q, k, v, mask, D**-0.5, None, precision, variant)
-        torch.cuda.synchronize(device)
+        loose = launch_skipping(*call, 1.0, variant)[:2] if skipping else None
+        if skipping:
+            out, lse, _ = launch_skipping(*call, 1e-30, variant)
+        else:
+            out, lse = launch(*call, precision, variant)
+        wait_for(device)
     except (TritonError, RuntimeError) as error:
         return f"its self-check failed: {type(error).__name__}: {str(error).strip()[:200]}"
-    expected, expected_lse = reference_forward(
-        *(x.float() for x in (q, k, v)), mask, D**-0.5, None, "bf16"
-    )
-    return why_wrong(out, lse, expected, expected_lse, precision)
+    if skipping and not bool((loose[1] <= lse + LARGEST_LSE_ERROR["bf16"]).all()):
+        return "its self-check failed: leaving tiles out added weights"
+    return why_wrong(out.cpu(), lse.cpu(), *exact, precision)
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until the work queued on this device is done, `SECONDS` at most. Raises TimeoutError
+    after that."""
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    end = monotonic() + SECONDS
+    while not done.query():
+        if monotonic() > end:
+            raise TimeoutError(
+                f"The Hopper attention kernel did not end its self-check within {SECONDS:.0f} s "
+                f"and still holds {device}: end this process, and pass backend='triton' in the "
+                "next one."
+            )
+        sleep(0.001)
 
 
 def why_wrong(
