@@ -221,8 +221,10 @@ def tables(result: Mapping) -> str:
 
 
 def write(result: Mapping, folder: Path) -> None:
-    """Writes `adherence.json` and `adherence.md`, each at once."""
-    files = {"adherence.json": json.dumps(result, indent=1), "adherence.md": tables(result)}
+    """Writes `adherence.json`, a report for the model card, and `adherence.md`, each at once."""
+    text = tables(result)
+    content = {"markdown": text, **result}
+    files = {"adherence.json": json.dumps(content, indent=1), "adherence.md": text}
     for name, text in files.items():
         partial = folder / f"{name}.partial"
         partial.write_text(text + "\n")

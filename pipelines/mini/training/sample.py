@@ -1,5 +1,6 @@
 """Stage `sample`: eight fixed prompts through the exported pipeline, on one sheet."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,30 @@ def generate(
         generator=torch.Generator().manual_seed(sampling.seed),
         output_type="np",
     ).frames[0]
+
+
+def clip_seconds(
+    pipeline: WanPipeline, shape: ClipShape, sampling: Sampling, repeats: int
+) -> list[float]:
+    """Generates the first prompt once unseen and then `repeats` times: the seconds of these, from
+    the text to the frames, denoising and decoding."""
+    generate(pipeline, PROMPTS[0], shape, sampling)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        generate(pipeline, PROMPTS[0], shape, sampling)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def seconds_table(seconds: list[float], shape: ClipShape, sampling: Sampling) -> str:
+    """Markdown: the least, the median and the most of `clip_seconds`."""
+    ordered = sorted(seconds)
+    figures = (ordered[0], ordered[len(ordered) // 2], ordered[-1])
+    size = f"{shape.frames} x {shape.height} x {shape.width}"
+    lines = ["| clip | steps | guidance | seconds, least | median | most |", "|---" * 6 + "|"]
+    cells = (size, str(sampling.steps), f"{sampling.guidance:g}", *(f"{x:.1f}" for x in figures))
+    return "\n".join([*lines, f"| {' | '.join(cells)} |"])
 
 
 def sample_sheet(

@@ -37,6 +37,11 @@ def every_head(found: Structure) -> str:
     return "\n".join(lines)
 
 
+def folded(title: str, table: str) -> str:
+    """A table that a reader opens by a click on its title."""
+    return f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"
+
+
 def numbers(found: Structure) -> list[dict]:
     """One dict for each step, layer and head: `mass`, one number for each of `SHARES`, and
     `stability`, None where the run ended with this step."""

@@ -7,7 +7,7 @@ README.md beside this file has the whole recipe.
 """
 
 import argparse
-import json
+import shlex
 import sys
 import time
 from dataclasses import asdict, fields
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 import torch._dynamo
+from diffusers import WanPipeline
 
-from vdit_sparse.kernels.bench import machine
 from vdit_sparse.pipelines.few_step import load_few_step
 from vdit_sparse.pipelines.mini.training.autoencoder import (
     AutoencoderSettings,
@@ -43,20 +43,31 @@ from vdit_sparse.pipelines.mini.training.judge import JUDGES
 from vdit_sparse.pipelines.mini.training.judge_training import JudgeSettings, train_judge
 from vdit_sparse.pipelines.mini.training.models import SIZES
 from vdit_sparse.pipelines.mini.training.pacing import report, stopped_by_signal, stopping
-from vdit_sparse.pipelines.mini.training.sample import PROMPTS, Sampling, load, sample_sheet
+from vdit_sparse.pipelines.mini.training.reports import write_report
+from vdit_sparse.pipelines.mini.training.sample import (
+    PROMPTS,
+    Sampling,
+    clip_seconds,
+    load,
+    sample_sheet,
+    seconds_table,
+)
 from vdit_sparse.pipelines.mini.training.structure import measure
 from vdit_sparse.pipelines.mini.training.structure_tables import (
     every_head,
+    folded,
     numbers,
     summary,
 )
 from vdit_sparse.pipelines.mini.training.tokenizer import train_tokenizer
 
 JOINT = "then"
+PROGRAM = "vdit_sparse.pipelines.mini.training.train"
 # All stages of one command line share dynamo's count of graphs per function; its limit of 8 is low.
 COMPILED_SHAPES = 64
 # What still runs after SIGTERM: it turns what was saved into weights to use.
 QUICK = ("export",)
+GENERATING = ("sample", "structure", "time")
 STRUCTURE_PROMPTS = (PROMPTS[2], PROMPTS[5])
 
 
@@ -73,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.backends.cudnn.flags(enabled=True, benchmark=True),
     ):
         for options in stages:
+            options.command = f"python -m {PROGRAM} {shlex.join(words)}"
             if stopping() and options.stage not in QUICK:
                 report(f"stage {options.stage} left out: told to stop")
             else:
@@ -101,24 +113,26 @@ def build_parser() -> argparse.ArgumentParser:
         stage.add_argument("--sizes", choices=sorted(SIZES), default="released")
         stage.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         stage.add_argument("--seed", type=int, default=0)
-        if name in ("autoencoder", "evaluate", "denoiser", "distill", "sample", "structure"):
+        if name in ("autoencoder", "evaluate", "denoiser", "distill", *GENERATING):
             for side, default in (("height", 256), ("width", 448), ("frames", 25)):
                 stage.add_argument(f"--{side}", type=int, default=default)
-        if name in ("sample", "structure"):
+        if name in GENERATING:
             stage.add_argument("--steps", type=int, default=16)
             stage.add_argument("--guidance", type=float, default=4.0)
-        if name in ("evaluate", "sample", "structure"):
+        if name in ("evaluate", *GENERATING):
             stage.add_argument("--output", type=Path, help="default: beside the checkpoints")
         if name == "evaluate":
             stage.add_argument("--clips", type=int, default=64)
         if name == "tokenizer":
             stage.add_argument("--captions", type=int, default=20_000)
-        if name in ("export", "distill", "sample", "structure", "adopt"):
+        if name in ("export", "distill", "adopt", *GENERATING):
             stage.add_argument("--pipeline", type=Path, help="default: FOLDER/mini")
         if name == "export":
             stage.add_argument("--max-shard", default="14MB")
-        if name == "sample":
+        if name in ("sample", "time"):
             stage.add_argument("--few-step", action="store_true", help="by stage distill's LoRA")
+        if name == "time":
+            stage.add_argument("--repeats", type=int, default=3)
         if name == "judge":
             _add_judge(stage)
         if name in SETTINGS:
@@ -171,9 +185,12 @@ def _run_training(options: argparse.Namespace) -> None:
 
 def _run_evaluate(options: argparse.Namespace) -> None:
     vae = load_autoencoder(_checkpoints(options), SIZES[options.sizes])
-    text = json.dumps(evaluate_autoencoder(vae, _shape(options), options.clips))
-    (options.output or options.folder / "autoencoder.json").write_text(text + "\n")
-    report(text)
+    found = evaluate_autoencoder(vae, _shape(options), options.clips)
+    markdown = "{psnr:.2f} dB on {clips} held-out clips of {frames} frames at {height}x{width}, "
+    markdown += "worst frame index {psnr_worst_index:.2f} dB"
+    path = options.output or options.folder / "autoencoder.json"
+    write_report(path, markdown.format(**found), found, options.device, options.command)
+    report(found)
 
 
 def _run_export(options: argparse.Namespace) -> None:
@@ -191,13 +208,29 @@ def _run_distill(options: argparse.Namespace) -> None:
 
 
 def _run_sample(options: argparse.Namespace) -> None:
+    pipeline, sampling = _few_step(options)
+    path = options.output or options.folder / f"samples_{options.height}x{options.width}.png"
+    sample_sheet(pipeline, _shape(options), sampling, path)
+
+
+def _run_time(options: argparse.Namespace) -> None:
+    pipeline, sampling = _few_step(options)
+    found = clip_seconds(pipeline, _shape(options), sampling, options.repeats)
+    content = {"seconds": found, "call": {**asdict(_shape(options)), **asdict(sampling)}}
+    path = options.output or options.folder / "time.json"
+    markdown = seconds_table(found, _shape(options), sampling)
+    write_report(path, markdown, content, options.device, options.command)
+    report(markdown)
+
+
+def _few_step(options: argparse.Namespace) -> tuple[WanPipeline, Sampling]:
+    """The exported pipeline and its sampling, with the few-step LoRA if that is wanted."""
     pipeline = load(_pipeline_folder(options), options.device)
     sampling = Sampling(options.steps, options.guidance, options.seed)
     if options.few_step:
         own = load_few_step(pipeline, _pipeline_folder(options))
         sampling = Sampling(own["num_inference_steps"], own["guidance_scale"], options.seed)
-    path = options.output or options.folder / f"samples_{options.height}x{options.width}.png"
-    sample_sheet(pipeline, _shape(options), sampling, path)
+    return pipeline, sampling
 
 
 def _run_judge(options: argparse.Namespace) -> None:
@@ -216,18 +249,15 @@ def _run_structure(options: argparse.Namespace) -> None:
     sampling = Sampling(options.steps, options.guidance, options.seed)
     shape = _shape(options)
     found = measure(pipeline, STRUCTURE_PROMPTS, shape, sampling)
-    result = {
-        "summary": summary(found),
-        "heads": every_head(found),
+    content = {
         "numbers": numbers(found),
         "prompts": STRUCTURE_PROMPTS,
         "call": {**asdict(shape), **asdict(sampling)},
-        "command": f"python -m {__spec__.name} " + " ".join(sys.argv[1:]),
-        **machine(torch.device(options.device)),
     }
+    markdown = f"{summary(found)}\n\n{folded('Every head', every_head(found))}"
     path = options.output or options.folder / f"structure-{shape.frames}-frames.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    report("attention structure\n" + result["summary"])
+    write_report(path, markdown, content, options.device, options.command)
+    report("attention structure\n" + summary(found))
 
 
 RUNNERS = {
@@ -238,6 +268,7 @@ RUNNERS = {
     "export": _run_export,
     "sample": _run_sample,
     "structure": _run_structure,
+    "time": _run_time,
     "distill": _run_distill,
     "judge": _run_judge,
     "adopt": _run_adopt,

@@ -200,6 +200,22 @@ def test_structure_is_measured_at_three_steps_and_leaves_the_pipeline_alone(trai
     assert len(rows) == 6 and rows[-1]["mass"] == found.mass[13, 1][0].tolist()
 
 
+def test_reports_have_what_a_number_needs_beside_it(trained):
+    common = ["--folder", str(trained.folder), *SIZE]
+    words = ["time", *common, "--steps", "1", "--repeats", "2", "then", "structure", *common]
+    train.main([*words, "--steps", "4"])
+    timed = json.loads((trained.folder / "time.json").read_text())
+    assert len(timed["seconds"]) == 2 and min(timed["seconds"]) > 0
+    assert "| 5 x 32 x 64 | 1 | 4 |" in timed["markdown"]
+    assert timed["command"].endswith(f" time {' '.join(words[1:])} --steps 4")
+    assert {"machine", "torch", "triton", "commit"} <= set(timed)
+    structure = json.loads((trained.folder / "structure-5-frames.json").read_text())
+    assert {row["step"] for row in structure["numbers"]} == {2}
+    assert "<summary>Every head</summary>" in structure["markdown"]
+    evaluated = json.loads((trained.folder / "autoencoder.json").read_text())
+    assert "dB on 2 held-out clips of 5 frames at 32x64" in evaluated["markdown"]
+
+
 def test_the_recorder_counts_only_calls_with_the_prompt():
     recorder = Recorder(steps=(1,))
     seen = []
