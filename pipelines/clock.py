@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import NamedTuple
 
 from diffusers.hooks.hooks import CacheContext
@@ -23,7 +22,7 @@ class Schedule(NamedTuple):
     timesteps: Tensor | None = None
     index: int | None = None
     first: int = 0
-    guidance: Mapping[str, str] = MappingProxyType({})
+    guidance: Mapping[str, str] | None = None
 
 
 @dataclass
@@ -90,7 +89,7 @@ class Clock:
         return branch
 
     def _number(self, expert: str) -> str:
-        number, all_calls = len(self._seen), self._schedule.guidance.get(expert)
+        number, all_calls = len(self._seen), (self._schedule.guidance or {}).get(expert)
         return f"call {number} of {all_calls}" if number and all_calls else f"call {number}"
 
     def _follow(self, step: int, call: tuple[str, str]) -> None:
