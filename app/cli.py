@@ -14,6 +14,37 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from vdit_sparse.app.bench import bench
+from vdit_sparse.app.common_cli import (
+    FILES,
+    MACHINE,
+    METHOD,
+    MODEL,
+    VIDEO,
+    Base,
+    Compile,
+    Debug,
+    Device,
+    Dtype,
+    Frames,
+    Guidance,
+    Image,
+    Json,
+    Lora,
+    Model,
+    Negative,
+    Offload,
+    Out,
+    OutFile,
+    Overwrite,
+    OverwriteFile,
+    Preset,
+    SearchField,
+    Seeds,
+    Set,
+    Size,
+    Steps,
+    option,
+)
 from vdit_sparse.app.estimate_cli import estimate, models
 from vdit_sparse.app.evaluate_cli import evaluation
 from vdit_sparse.app.generate_cli import generate_and_show
@@ -66,78 +97,37 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-
-def _option(panel: str, help: str, *names: str, metavar: str | None = None):
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)
-
-
-VIDEO, METHOD, MODEL, MACHINE, FILES = "Video", "Method", "Model", "Machine", "Files"
-
-Prompt = Annotated[str, _option(VIDEO, "What the video shows.")]
-Negative = Annotated[str | None, _option(VIDEO, "What to avoid.")]
-Guidance = Annotated[float | None, _option(VIDEO, "Weight of the prompt; 1 is no guidance.")]
-Steps = Annotated[int | None, _option(VIDEO, "Denoising steps.")]
-Seed = Annotated[int, _option(VIDEO, "Number of the noise, which is the same in all runs.")]
-Size = Annotated[str | None, _option(VIDEO, "Pixels, such as 256x448.", metavar="HxW")]
-Frames = Annotated[int | None, _option(VIDEO, "Frames of the video.")]
-Image = Annotated[str | None, _option(VIDEO, "First frame (image-to-video).", metavar="FILE")]
-Method = Annotated[str | None, _option(METHOD, "A method, or dense; default radial.")]
-Set = Annotated[
-    list[str] | None,
-    _option(METHOD, "A field of the method; repeatable.", "--set", metavar="FIELD=VALUE"),
-]
+Prompt = Annotated[str, option(VIDEO, "What the video shows.")]
+Seed = Annotated[int, option(VIDEO, "Number of the noise, which is the same in all runs.")]
+Method = Annotated[str | None, option(METHOD, "A method, or dense; default radial.")]
 Calibration = Annotated[
-    str | None, _option(METHOD, "What calibrate or tune wrote, and its method.", metavar="FILE")
+    str | None, option(METHOD, "What calibrate or tune wrote, and its method.", metavar="FILE")
 ]
-Preset = Annotated[str | None, _option(METHOD, "Published settings of a method.")]
 Compare = Annotated[
     list[str] | None,
-    _option(
+    option(
         METHOD,
         "Also run dense, METHOD:field=value,... or a preset; repeatable.",
         metavar="dense|METHOD",
     ),
 ]
-Model = Annotated[
-    str | None,
-    _option(MODEL, "Hub id or folder; default the bundled model.", metavar="ID_OR_PATH"),
-]
-Lora = Annotated[
-    list[str] | None,
-    _option(MODEL, "LoRA, and its weight if not 1; repeatable.", metavar="ID_OR_PATH[:WEIGHT]"),
-]
-Offload = Annotated[str, _option(MACHINE, "What waits in RAM: none, model, sequential or group.")]
-Compile = Annotated[bool, _option(MACHINE, "Compile the transformer's blocks.", "--compile")]
-Dtype = Annotated[str | None, _option(MACHINE, "bf16, fp16 or fp32.")]
-Device = Annotated[str | None, _option(MACHINE, "cpu, cuda, cuda:1 or mps.")]
 DenseBackend = Annotated[
     str | None,
-    _option(MACHINE, "native, _native_cudnn, flash, _flash_3, xformers or sage."),
+    option(MACHINE, "native, _native_cudnn, flash, _flash_3, xformers or sage."),
 ]
-Parallel = Annotated[str, _option(MACHINE, "Under torchrun: share tokens, guidance or both.")]
+Parallel = Annotated[str, option(MACHINE, "Under torchrun: share tokens, guidance or both.")]
 Check = Annotated[
     str,
-    _option(
+    option(
         METHOD,
         "What to do where a layer's first sparse call is far from exact attention: warn, strict "
         "(stop) or off (do not look).",
         metavar="warn|strict|off",
     ),
 ]
-Out = Annotated[str, _option(FILES, "Folder for the results.", metavar="DIR")]
-Overwrite = Annotated[bool, _option(FILES, "Replace the results in --out.", "--overwrite")]
-Calibrated = Annotated[str, _option(METHOD, "paro or sparse-vdit.", "--method")]
-SearchField = Annotated[
-    list[str] | None,
-    _option(METHOD, "A field of the search; repeatable.", "--set", metavar="FIELD=VALUE"),
-]
-Prompts = Annotated[str, _option(VIDEO, "Text file, a prompt a line.", metavar="FILE")]
-Seeds = Annotated[str, _option(VIDEO, "Seeds for each prompt: 0,1 or 0-3.", metavar="LIST")]
-OutFile = Annotated[str, _option(FILES, "Where to write it.", metavar="FILE.safetensors")]
-OverwriteFile = Annotated[bool, _option(FILES, "Replace --out.", "--overwrite")]
+Calibrated = Annotated[str, option(METHOD, "paro or sparse-vdit.", "--method")]
+Prompts = Annotated[str, option(VIDEO, "Text file, a prompt a line.", metavar="FILE")]
 
 
 @app.command()
@@ -152,6 +142,7 @@ def generate(
     compare: Compare = None,
     check: Check = "warn",
     model: Model = None,
+    base: Base = None,
     lora: Lora = None,
     negative_prompt: Negative = None,
     guidance_scale: Guidance = None,
@@ -185,6 +176,7 @@ def calibrate(
     set_: SearchField = None,
     seeds: Seeds = "0",
     model: Model = None,
+    base: Base = None,
     guidance_scale: Guidance = None,
     steps: Steps = None,
     size: Size = None,
@@ -214,28 +206,28 @@ app.command()(tune)
 def demo(
     context: typer.Context,
     host: Annotated[
-        str, _option(MACHINE, "Address to listen on; 0.0.0.0 lets others in.")
+        str, option(MACHINE, "Address to listen on; 0.0.0.0 lets others in.")
     ] = "127.0.0.1",
-    port: Annotated[int, _option(MACHINE, "Port to listen on.")] = 7860,
+    port: Annotated[int, option(MACHINE, "Port to listen on.")] = 7860,
     auth: Annotated[
         str | None,
-        _option(MACHINE, "Ask for this; @FILE reads it.", metavar="USER:PASSWORD"),
+        option(MACHINE, "Ask for this; @FILE reads it.", metavar="USER:PASSWORD"),
     ] = None,
     model: Annotated[
         list[str] | None,
-        _option(MODEL, "Offer this beside the bundled one; repeatable.", metavar="ID_OR_PATH"),
+        option(MODEL, "Offer this beside the bundled one; repeatable.", metavar="ID_OR_PATH"),
     ] = None,
     models: Annotated[
-        Path | None, _option(MODEL, "Offer every model below this folder.", metavar="DIR")
+        Path | None, option(MODEL, "Offer every model below this folder.", metavar="DIR")
     ] = None,
     device: Device = None,
-    state: Annotated[Path, _option(FILES, "Folder for the users' runs.", metavar="DIR")] = Path(
+    state: Annotated[Path, option(FILES, "Folder for the users' runs.", metavar="DIR")] = Path(
         "outputs/studio"
     ),
-    max_pixels: Annotated[int | None, _option(MACHINE, "Most pixels of a frame.")] = None,
-    max_frames: Annotated[int | None, _option(MACHINE, "Most frames of a video.")] = None,
-    max_steps: Annotated[int | None, _option(MACHINE, "Most denoising steps.")] = None,
-    max_waiting: Annotated[int | None, _option(MACHINE, "Most runs in the queue.")] = None,
+    max_pixels: Annotated[int | None, option(MACHINE, "Most pixels of a frame.")] = None,
+    max_frames: Annotated[int | None, option(MACHINE, "Most frames of a video.")] = None,
+    max_steps: Annotated[int | None, option(MACHINE, "Most denoising steps.")] = None,
+    max_waiting: Annotated[int | None, option(MACHINE, "Most runs in the queue.")] = None,
     debug: Debug = False,
 ) -> None:
     """Open the studio: make, compare and inspect videos in a browser."""

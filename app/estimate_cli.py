@@ -8,16 +8,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vdit_sparse.app.common_cli import (
+    Debug,
+    Json,
+    Set,
+)
 from vdit_sparse.app.terminal import errors, print_json
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Density = Annotated[
     float | None, typer.Option(help="Of a sparse call, where the method's fields allow to say it.")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="A field of the method; repeatable.", metavar="FIELD=VALUE"),
 ]
 
 

@@ -7,75 +7,70 @@ from typing import Annotated
 
 import typer
 
+from vdit_sparse.app.common_cli import (
+    FILES,
+    MACHINE,
+    MODEL,
+    Base,
+    Compile,
+    Debug,
+    Device,
+    Dtype,
+    Guidance,
+    Lora,
+    Model,
+    Offload,
+    Size,
+    Steps,
+    option,
+)
 from vdit_sparse.app.terminal import bars, errors
 
 evaluation = typer.Typer(
     no_args_is_help=True, help="Many prompts through several methods, and a report of them."
 )
 
-SUITE, METHOD, MODEL, MACHINE, FILES = "Suite", "Methods", "Model", "Machine", "Files"
+SUITE, METHOD = "Suite", "Methods"
 
 
-def _option(panel: str, help: str, *names: str, metavar: str | None = None):
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)
-
-
-Suite = Annotated[str, _option(SUITE, "A bundled suite, or a .toml, .csv, .txt.", metavar="NAME")]
+Suite = Annotated[str, option(SUITE, "A bundled suite, or a .toml, .csv, .txt.", metavar="NAME")]
 Prompts = Annotated[
-    str | None, _option(SUITE, "VBench_full_info.json, for suites vbench*.", metavar="FILE")
+    str | None, option(SUITE, "VBench_full_info.json, for suites vbench*.", metavar="FILE")
 ]
-Seeds = Annotated[str, _option(SUITE, "Seeds for each prompt: 0-4 or 0,7.", metavar="LIST")]
+Seeds = Annotated[str, option(SUITE, "Seeds for each prompt: 0-4 or 0,7.", metavar="LIST")]
 Methods = Annotated[
     list[str],
-    _option(METHOD, "dense, METHOD:field=value,... or a preset; repeatable.", "--method"),
+    option(METHOD, "dense, METHOD:field=value,... or a preset; repeatable.", "--method"),
 ]
-Metrics = Annotated[str | None, _option(METHOD, "Such as psnr,ssim; default all that can run.")]
-Model = Annotated[
-    str | None,
-    _option(MODEL, "Hub id or folder; default the bundled model.", metavar="ID_OR_PATH"),
-]
-Lora = Annotated[
-    list[str] | None,
-    _option(MODEL, "LoRA, and its weight if not 1; repeatable.", metavar="ID_OR_PATH[:WEIGHT]"),
-]
-Negative = Annotated[str | None, _option(MODEL, "What to avoid, where a prompt does not say.")]
-Guidance = Annotated[float | None, _option(MODEL, "Weight of the prompt; 1 is no guidance.")]
-Steps = Annotated[int | None, _option(MODEL, "Denoising steps.")]
-Size = Annotated[str | None, _option(MODEL, "Pixels, such as 256x448.", metavar="HxW")]
-Frames = Annotated[int | None, _option(MODEL, "Frames of each video.")]
+Metrics = Annotated[str | None, option(METHOD, "Such as psnr,ssim; default all that can run.")]
+Negative = Annotated[str | None, option(MODEL, "What to avoid, where a prompt does not say.")]
+Frames = Annotated[int | None, option(MODEL, "Frames of each video.")]
 Image = Annotated[
     str | None,
-    _option(MODEL, "First frame, where a prompt has none; or VBench-I2V's DIR.", metavar="FILE"),
+    option(MODEL, "First frame, where a prompt has none; or VBench-I2V's DIR.", metavar="FILE"),
 ]
-Offload = Annotated[str, _option(MACHINE, "What waits in RAM: none, model, sequential or group.")]
-Compile = Annotated[bool, _option(MACHINE, "Compile the transformer's blocks.", "--compile")]
-Dtype = Annotated[str | None, _option(MACHINE, "bf16, fp16 or fp32.")]
-Device = Annotated[str | None, _option(MACHINE, "cpu, cuda, cuda:1 or mps.")]
-DenseBackend = Annotated[
-    str | None, _option(MACHINE, "Dense attention; default the fastest found.")
-]
-Shard = Annotated[str | None, _option(MACHINE, "Part of the samples, 1/8 to 8/8.", metavar="I/N")]
-Ray = Annotated[bool, _option(MACHINE, "Share the samples out over a Ray cluster.", "--ray")]
-RayWorkers = Annotated[int | None, _option(MACHINE, "Default one a GPU, or one a node without.")]
-Out = Annotated[str, _option(FILES, "Folder; what it has is not made again.", metavar="DIR")]
-KeepFrames = Annotated[bool, _option(FILES, "Keep all frames without loss.", "--keep-frames")]
+DenseBackend = Annotated[str | None, option(MACHINE, "Dense attention; default the fastest found.")]
+Shard = Annotated[str | None, option(MACHINE, "Part of the samples, 1/8 to 8/8.", metavar="I/N")]
+Ray = Annotated[bool, option(MACHINE, "Share the samples out over a Ray cluster.", "--ray")]
+RayWorkers = Annotated[int | None, option(MACHINE, "Default one a GPU, or one a node without.")]
+Out = Annotated[str, option(FILES, "Folder; what it has is not made again.", metavar="DIR")]
+KeepFrames = Annotated[bool, option(FILES, "Keep all frames without loss.", "--keep-frames")]
 Folders = Annotated[list[str], typer.Argument(help="Folders of `eval run`.", metavar="DIR...")]
 ReportOut = Annotated[
-    str | None, _option(FILES, "Where it goes; default the first DIR/report.", metavar="DIR")
+    str | None, option(FILES, "Where it goes; default the first DIR/report.", metavar="DIR")
 ]
-Worst = Annotated[int, _option(FILES, "Samples of each method to show as videos.")]
-Videos = Annotated[str | None, _option(SUITE, "Folder of one method's videos.", metavar="DIR")]
+Worst = Annotated[int, option(FILES, "Samples of each method to show as videos.")]
+Videos = Annotated[str | None, option(SUITE, "Folder of one method's videos.", metavar="DIR")]
 Dimensions = Annotated[
-    str | None, _option(SUITE, "Such as temporal_flickering,scene; default all that can run.")
+    str | None, option(SUITE, "Such as temporal_flickering,scene; default all that can run.")
 ]
-Python = Annotated[str | None, _option(MACHINE, "Python of VBench's environment.", metavar="FILE")]
+Python = Annotated[str | None, option(MACHINE, "Python of VBench's environment.", metavar="FILE")]
 VBenchOut = Annotated[
-    str | None, _option(FILES, "For vbench.json; default beside the videos.", metavar="DIR")
+    str | None, option(FILES, "For vbench.json; default beside the videos.", metavar="DIR")
 ]
 Setup = Annotated[
-    str | None, _option(MACHINE, "Make VBench's environment there, and end.", metavar="DIR")
+    str | None, option(MACHINE, "Make VBench's environment there, and end.", metavar="DIR")
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
 
 
 @evaluation.command()
@@ -88,6 +83,7 @@ def run(
     seeds: Seeds = "0",
     metrics: Metrics = None,
     model: Model = None,
+    base: Base = None,
     lora: Lora = None,
     negative_prompt: Negative = None,
     guidance_scale: Guidance = None,

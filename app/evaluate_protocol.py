@@ -68,6 +68,7 @@ def _model(pipe, asked: Request) -> dict:
 def _asked(pipe, asked: Request) -> dict:
     """What the command says beside the arguments of the pipeline's call."""
     return {
+        **({} if asked.base is None else {"base": asked.base}),
         "negative_prompt": asked.negative_prompt,
         "image": None if asked.image is None else asked.image.name,
         "loras": [list(pair) for pair in asked.loras],

@@ -1,5 +1,6 @@
 """A request's model, loaded as the request says, and the arguments of its call."""
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +28,13 @@ def load(request: Request):
     home = device if request.offload == "none" else torch.device("cpu")
     from_image = request.image is not None
     try:
-        pipe = load_pipeline(request.model, dtype=dtype, device=home, image_to_video=from_image)
+        pipe = load_pipeline(
+            request.model,
+            base=request.base,
+            dtype=dtype,
+            device=home,
+            image_to_video=from_image,
+        )
     except Exception as error:
         if not _is_of_the_source(error):
             raise
@@ -73,6 +80,9 @@ def call_inputs(pipe, request: Request, settings: dict, image: Image.Image | Non
     if image is not None:
         inputs["image"] = ImageOps.fit(image, (settings["width"], settings["height"]))
     text = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    if request.negative_prompt is None:
+        # Not every call has one, and where it has its default may be a text.
+        text.pop("negative_prompt")
     if not takes_encoded_text(pipe):
         return {**inputs, **text}
     guided = settings["guidance_scale"] > 1
@@ -101,6 +111,7 @@ def _load_error(model: str | None, error: Exception) -> str:
     """One line about a model that could not be loaded. `load_pipeline` says what to do by itself;
     other errors are told with the model's name."""
     said = " ".join(str(error).split())[:500] or type(error).__name__
+    said = re.sub(r'base="([^"]*)"', r"--base \1", said).replace("base=", "--base")
     name = model or "the bundled model"
     return said if name in said or isinstance(error, MemoryError) else f"Cannot load {name}: {said}"
 

@@ -25,16 +25,17 @@ class Request:
     """What the caller wants; None leaves it to the model.
 
     runs: in this order; the first dense one is the reference of the others. model: None for the
-    bundled one. size: (height, width) in pixels. image: first frame, for models that take one.
-    loras: (id or path, weight). check: what a look at each layer's first sparse call does, one of
-    `CHECKS`. parallel: what torchrun's processes share, one of `PARALLELS`. command: the command
-    line, for the report.
+    bundled one. base: where the other parts of a file with weights come from. size: (height,
+    width) in pixels. image: first frame, for models that take one. loras: (id or path, weight).
+    check: what a look at each layer's first sparse call does, one of `CHECKS`. parallel: what
+    torchrun's processes share, one of `PARALLELS`. command: the command line, for the report.
     """
 
     prompt: str
     runs: tuple[RunChoice, ...]
     out: Path
     model: str | None = None
+    base: str | None = None
     negative_prompt: str | None = None
     guidance_scale: float | None = None
     steps: int | None = None
@@ -60,7 +61,7 @@ def parse_request(words: Mapping) -> Request:
     Raises InputError for a word that means nothing.
     """
     # Not every command has them.
-    words = {"check": "warn", "calibration": None, "parallel": "tokens", **words}
+    words = {"base": None, "check": "warn", "calibration": None, "parallel": "tokens", **words}
     for option, choices in (
         ("offload", OFFLOADS),
         ("dtype", DTYPES),
@@ -76,8 +77,8 @@ def parse_request(words: Mapping) -> Request:
         settings.append(f"calibration={words['calibration']}")
     chosen = parse_run(method, settings, words["preset"])
     compared = [parse_compare(text) for text in words["compare"] or ()]
-    same = "prompt negative_prompt guidance_scale steps seed num_frames model offload compile dtype"
-    same += " device dense_backend check parallel overwrite command"
+    same = "prompt negative_prompt guidance_scale steps seed num_frames model base offload compile"
+    same += " dtype device dense_backend check parallel overwrite command"
     return Request(
         **{name: words[name] for name in same.split()},
         runs=(chosen, *compared),

@@ -7,48 +7,43 @@ from typing import Annotated
 
 import typer
 
+from vdit_sparse.app.common_cli import (
+    SEARCH,
+    Base,
+    Debug,
+    Device,
+    Dtype,
+    Frames,
+    Guidance,
+    Image,
+    Model,
+    Offload,
+    OutFile,
+    OverwriteFile,
+    SearchField,
+    Size,
+    Steps,
+    option,
+)
 from vdit_sparse.app.terminal import bars, errors
 
-TARGET, SEARCH, MODEL, MACHINE, FILES = "Target", "Search", "Model", "Machine", "Files"
+TARGET = "Target"
 
 
-def _option(panel: str, help: str, *names: str, metavar: str | None = None):
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)
-
-
-Density = Annotated[float | None, _option(TARGET, "Mean over all self-attention of a run.")]
-TargetPSNR = Annotated[float | None, _option(TARGET, "In dB against dense attention.")]
-Speedup = Annotated[float | None, _option(TARGET, "Of the denoising, over the best dense.")]
+Density = Annotated[float | None, option(TARGET, "Mean over all self-attention of a run.")]
+TargetPSNR = Annotated[float | None, option(TARGET, "In dB against dense attention.")]
+Speedup = Annotated[float | None, option(TARGET, "Of the denoising, over the best dense.")]
 Prompts = Annotated[
     str | None,
-    _option(SEARCH, "Text file, a prompt a line; the bundled model has some.", metavar="FILE"),
+    option(SEARCH, "Text file, a prompt a line; the bundled model has some.", metavar="FILE"),
 ]
-Seeds = Annotated[str, _option(SEARCH, "Seeds for each prompt: 0,1 or 0-3.", metavar="LIST")]
-SearchField = Annotated[
-    list[str] | None,
-    _option(SEARCH, "A field of the search; repeatable.", "--set", metavar="FIELD=VALUE"),
-]
+Seeds = Annotated[str, option(SEARCH, "Seeds for each prompt: 0,1 or 0-3.", metavar="LIST")]
 Effects = Annotated[
     str | None,
-    _option(SEARCH, "What is disturbed to weigh errors: head, layer or none."),
+    option(SEARCH, "What is disturbed to weigh errors: head, layer or none."),
 ]
-Rounds = Annotated[int, _option(SEARCH, "Random changes to the weights that are tried.")]
-Batch = Annotated[int | None, _option(SEARCH, "Samples at once; 8 of the bundled model, else 1.")]
-Model = Annotated[
-    str | None,
-    _option(MODEL, "Hub id or folder; default the bundled model.", metavar="ID_OR_PATH"),
-]
-Guidance = Annotated[float | None, _option(MODEL, "Weight of the prompt; 1 is no guidance.")]
-Steps = Annotated[int | None, _option(MODEL, "Denoising steps.")]
-Size = Annotated[str | None, _option(MODEL, "Pixels, such as 256x448.", metavar="HxW")]
-Frames = Annotated[int | None, _option(MODEL, "Frames of the video.")]
-Image = Annotated[str | None, _option(MODEL, "First frame (image-to-video).", metavar="FILE")]
-Offload = Annotated[str, _option(MACHINE, "What waits in RAM: none, model, sequential or group.")]
-Dtype = Annotated[str | None, _option(MACHINE, "bf16, fp16 or fp32.")]
-Device = Annotated[str | None, _option(MACHINE, "cpu, cuda, cuda:1 or mps.")]
-OutFile = Annotated[str, _option(FILES, "Where to write it.", metavar="FILE.safetensors")]
-OverwriteFile = Annotated[bool, _option(FILES, "Replace --out.", "--overwrite")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
+Rounds = Annotated[int, option(SEARCH, "Random changes to the weights that are tried.")]
+Batch = Annotated[int | None, option(SEARCH, "Samples at once; 8 of the bundled model, else 1.")]
 
 
 def tune(
@@ -64,6 +59,7 @@ def tune(
     rounds: Rounds = 32,
     batch: Batch = None,
     model: Model = None,
+    base: Base = None,
     guidance_scale: Guidance = None,
     steps: Steps = None,
     size: Size = None,

@@ -6,6 +6,7 @@ import imageio.v3 as iio
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import vdit_sparse
 from tests.tiny_models import WAN_CALL, tiny_wan
@@ -174,3 +175,20 @@ def test_broken_frames_are_an_error():
     pipe.vae.decoder.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="NaN; try --dtype fp32"):
         run(pipe, None, {**WAN_CALL, "seed": 0}, lambda *_: None)
+
+
+def test_a_file_of_weights_says_or_is_told_its_base(cli, tmp_path, monkeypatch):
+    file = tmp_path / "weights.safetensors"
+    save_file({"odd": torch.zeros(1)}, file)
+    words = ["generate", "--prompt", "a cat", "--model", file, "--device", "cpu"]
+    result = cli(*words, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "name its pipeline with --base, such as" in result.stderr
+    asked = {}
+
+    def refuses(model, **options):
+        asked.update(options)
+        raise FileNotFoundError(f"no base of {model}")
+
+    monkeypatch.setattr("vdit_sparse.pipelines.load.load_pipeline", refuses)
+    result = cli(*words, "--out", tmp_path / "out", "--base", "some/pipeline")
+    assert result.exit_code == 2 and asked["base"] == "some/pipeline"
