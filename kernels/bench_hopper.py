@@ -2,22 +2,27 @@
 
     python -m vdit_sparse.kernels.bench_hopper [--only GROUP ...] [--check] [--csv FILE]
 
-First every form computes a small problem, in processes of its own, so that one that hangs or fails
-is a line in the table; then those that were right are timed. Under 100 s in all on one H200 and 16
-cores. TFLOP/s count the kept blocks only.
+First every form computes a small problem, several at a time; then those that were right are timed,
+one after the other. Each result is printed as it comes, and all of them once more as a table at the
+end. All GPU work is done by processes that are ended and replaced when a form fails or does not
+come back: that form is a line in the table, and the exit status is 1. Meant to take under 100 s in
+all on one H200 and 16 cores. TFLOP/s count the kept blocks only.
 """
 
 import argparse
 import csv
 import statistics
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from multiprocessing import get_context
+from functools import cache, partial
+from multiprocessing import connection, get_context
 from pathlib import Path
+from time import monotonic
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -31,7 +36,8 @@ WIDE = {"heads": 24, "tokens": 32768, "dim": 128}
 NARROW = {"heads": 16, "tokens": 45056, "dim": 64}
 EVEN = [("local", 0.25), ("random", 0.25), ("local", 0.1), ("random", 0.1)]
 LARGEST_ERROR = {"bf16": 7e-3, "int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
-SECONDS = 50  # after which small problems that are not done count as hung
+CHECK_SECONDS = 60  # of a small problem with its process's start and compiling; then it is hung
+TIME_SECONDS = 30  # of timing one form
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ def forms(groups: list[str]) -> list[Form]:
     found += [_form("narrow", 64, changes=change) for change in narrow]
     for blocks in ((64, 128), (64, 64), (128, 64)):
         found += [_form("rows", 128, blocks)]
+    lone = {"keys": 128, "stages": 2, "lone": True}
+    found += [_form("rows", 128, (64, 128), changes=lone)]
     found += [_form("rows", 128, (64, 128), changes={"keys": 128, "stages": 1})]
     found += [_form("rows", 128, (64, 128), changes={"persistent": True, "stages": 2})]
     found += [_form("rows", 128, (64, 128), changes={"lazy": True})]
@@ -110,7 +118,7 @@ def make_tensors(heads: int, tokens: int, dim: int) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for _ in "qkv"]
 
 
-def error_of(form: Form) -> str | None:
+def check(form: Form) -> str | None:
     """Computes a small problem: None if it is right, else what is wrong. Compiles on the way."""
     from vdit_sparse.kernels.block_sparse.hopper.launch import launch
 
@@ -118,11 +126,8 @@ def error_of(form: Form) -> str | None:
     q, k, v = make_tensors(48, 1000, form.dim)
     mask = make_mask(48, 1000, form.blocks, "ragged", 0.4)
     scale = form.dim**-0.5
-    try:
-        out, lse = launch(q, k, v, mask, scale, None, form.precision, form.variant)
-        torch.cuda.synchronize()
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90]}"
+    out, lse = launch(q, k, v, mask, scale, None, form.precision, form.variant)
+    torch.cuda.synchronize()
     expected, expected_lse = reference_forward(*(x.float() for x in (q, k, v)), mask, scale)
     error = float((out.float() - expected).norm() / expected.norm())
     lse_error = float((lse - expected_lse).abs().max())
@@ -130,24 +135,74 @@ def error_of(form: Form) -> str | None:
     return None if right else f"wrong by {error:.1e}, lse by {lse_error:.1e}"
 
 
-def faults(every: list[Form], workers: int) -> dict[Form, str | None]:
-    """`error_of` each form, several at a time; "hung" for those that do not come back."""
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    futures = {form: pool.submit(error_of, form) for form in every}
-    wait(futures.values(), timeout=SECONDS)
-    found = {}
-    for form, future in futures.items():
-        if not future.done():
-            found[form] = "hung"
-        elif future.exception() is not None:
-            found[form] = f"its process died: {future.exception()}"
-        else:
-            found[form] = future.result()
-    if "hung" in found.values():
-        for process in list(pool._processes.values()):
-            process.kill()
-    pool.shutdown(wait=False, cancel_futures=True)
-    return found
+@dataclass
+class Lane:
+    """A process that works, and the job that it has until `end` (seconds of a clock)."""
+
+    process: object
+    pipe: connection.Connection
+    job: object = None
+    end: float = 0.0
+
+
+def each(jobs: list, work: Callable, lanes: int, seconds: float) -> Iterator[tuple]:
+    """(job, result, None) or (job, None, what went wrong) of `work(job)`, as they come, from
+    `lanes` processes; one whose job fails, or takes longer than `seconds`, is replaced: the errors
+    of a GPU stay with a process."""
+    waiting, busy, idle = deque(jobs), [], []
+    while waiting or busy:
+        while waiting and len(busy) < lanes:
+            lane = idle.pop() if idle else start(work)
+            lane.job, lane.end = waiting.popleft(), monotonic() + seconds
+            lane.pipe.send(lane.job)
+            busy.append(lane)
+        limit = max(0.0, min(lane.end for lane in busy) - monotonic())
+        ready = connection.wait([lane.pipe for lane in busy], timeout=limit)
+        for lane in [lane for lane in busy if lane.pipe in ready or lane.end <= monotonic()]:
+            result, fault = None, f"hung: no result in {seconds} s"
+            if lane.pipe in ready:
+                result, fault = answer(lane)
+            busy.remove(lane)
+            if fault is None:
+                idle.append(lane)
+            else:
+                lane.process.kill()
+            yield lane.job, result, fault
+    for lane in idle:
+        lane.process.kill()
+
+
+def start(work: Callable) -> Lane:
+    """A new process for `work`; torch is imported once for all."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "triton"])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, work), daemon=True)
+    process.start()
+    theirs.close()
+    return Lane(process, ours)
+
+
+def serve(pipe: connection.Connection, work: Callable) -> None:
+    """Does jobs until one fails."""
+    fault = None
+    while fault is None:
+        result = None
+        try:
+            with torch.inference_mode():
+                result = work(pipe.recv())
+        except Exception as error:
+            fault = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:90]}"
+        pipe.send((result, fault))
+
+
+def answer(lane: Lane) -> tuple[object, str | None]:
+    """What a process says, or that it died."""
+    try:
+        return lane.pipe.recv()
+    except EOFError:
+        lane.process.join()
+        return None, f"its process died: exit code {lane.process.exitcode}"
 
 
 def milliseconds(call: Callable[[], object], rounds: int = 9) -> float:
@@ -163,11 +218,29 @@ def milliseconds(call: Callable[[], object], rounds: int = 9) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
-def time_form(form: Form, tensors: list[Tensor], mask: BlockMask) -> dict[str, float]:
-    """Milliseconds of the kernel and, in 8 bits, of it with quantising."""
+@cache
+def tensors_of(dim: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    return make_tensors(**shape_of(dim))
+
+
+@cache
+def mask_of(dim: int, blocks: tuple[int, int], pattern: str, share: float) -> BlockMask:
+    torch.manual_seed(0)
+    shape = shape_of(dim)
+    return make_mask(shape["heads"], shape["tokens"], blocks, pattern, share)
+
+
+def shape_of(dim: int) -> dict:
+    """Heads, tokens and D of what is timed."""
+    return WIDE if dim == 128 else NARROW
+
+
+def time_form(form: Form, mask: BlockMask) -> dict[str, float]:
+    """Milliseconds of the kernel and, in 8 bits, of quantising."""
     from vdit_sparse.kernels.block_sparse.hopper.launch import attend, quantized
 
-    q, k, v = tensors
+    q, k, v = tensors_of(form.dim)
     out, lse = empty_outputs(q)
     inputs = quantized(q, k, v, mask, None, form.precision)
     scale = form.dim**-0.5
@@ -185,26 +258,25 @@ def masks_of(form: Form) -> list[tuple[str, float]]:
     return [("local", 0.25), ("random", 0.25), ("ragged", 0.25)][: 3 if form.group == "rows" else 2]
 
 
-def rows_of(every: list[Form], wrong: dict[Form, str | None]) -> Iterator[dict]:
-    """Results as they come; dense attention of cuDNN before each head size."""
-    made: dict[tuple, BlockMask] = {}
-    tensors: dict[int, list[Tensor]] = {}
-    for form in every:
-        shape = WIDE if form.dim == 128 else NARROW
-        if form.dim not in tensors:
-            tensors[form.dim] = make_tensors(**shape)
-            yield cudnn(tensors[form.dim], shape)
-        facts = {f.name: getattr(form, f.name) for f in fields(form) if f.name != "changes"}
-        if wrong[form] is not None:
-            yield facts | {"note": wrong[form]}
-            continue
-        for pattern, share in masks_of(form):
-            key = (form.dim, form.blocks, pattern, share)
-            if key not in made:
-                made[key] = make_mask(shape["heads"], shape["tokens"], form.blocks, pattern, share)
-            times = time_form(form, tensors[form.dim], made[key])
-            density = made[key].density()
-            yield facts | {"pattern": pattern, "density": density} | rates(shape, density, times)
+def rows_of(form: Form) -> list[dict]:
+    """The form's lines of the table."""
+    if form.group == "dense":
+        return [cudnn(form)]
+    rows = []
+    for pattern, share in masks_of(form):
+        mask = mask_of(form.dim, form.blocks, pattern, share)
+        density = mask.density()
+        times = time_form(form, mask)
+        rows.append(
+            facts(form)
+            | {"pattern": pattern, "density": density}
+            | rates(shape_of(form.dim), density, times)
+        )
+    return rows
+
+
+def facts(form: Form) -> dict:
+    return {f.name: getattr(form, f.name) for f in fields(form) if f.name != "changes"}
 
 
 def rates(shape: dict, density: float, times: dict[str, float]) -> dict[str, float]:
@@ -216,53 +288,100 @@ def rates(shape: dict, density: float, times: dict[str, float]) -> dict[str, flo
     return found
 
 
-def cudnn(tensors: list[Tensor], shape: dict) -> dict:
+def cudnn(form: Form) -> dict:
     """Dense attention of cuDNN."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        ms = milliseconds(lambda: scaled_dot_product_attention(*tensors))
-    facts = {"group": "dense", "name": "cuDNN", "dim": shape["dim"], "pattern": "all"}
-    return facts | {"density": 1.0} | rates(shape, 1.0, {"ms": ms})
+        ms = milliseconds(lambda: scaled_dot_product_attention(*tensors_of(form.dim)))
+    place = {"pattern": "all", "density": 1.0}
+    return facts(form) | place | rates(shape_of(form.dim), 1.0, {"ms": ms})
+
+
+def with_dense(every: list[Form]) -> list[Form]:
+    """The same, with cuDNN before the forms of each head size and once more at the end: if the two
+    differ, the clock has changed."""
+    dims = dict.fromkeys(form.dim for form in every)
+    found = []
+    for dim in dims:
+        dense = Form("dense", "cuDNN", dim)
+        found += [dense, *(form for form in every if form.dim == dim), dense]
+    return found
 
 
 def line(row: dict) -> str:
     """A row of the printed table."""
-    blocks = "x".join(map(str, row.get("blocks", ())))
-    head = f"{row['group']:6} D={row['dim']:<3} {blocks:7} {row.get('precision', 'bf16'):9}"
+    blocks = "x".join(map(str, row["blocks"]))
+    head = f"{row['group']:6} D={row['dim']:<3} {blocks:7} {row['precision']:9} {row['name']:28}"
     if "note" in row:
-        return f"{head} {row['name']:28} {row['note']}"
+        return f"{head} {row['note']}"
     extra = f"  {row['tflops_with']:6.1f} with quantising" if "tflops_with" in row else ""
     return (
-        f"{head} {row['name']:28} {row['pattern']:6} {row['density']:5.3f} {row['ms']:8.3f} ms "
+        f"{head} {row['pattern']:6} {row['density']:5.3f} {row['ms']:8.3f} ms "
         f"{row['tflops']:6.1f} TFLOP/s{extra}"
     )
 
 
-def main() -> None:
+def about(_job: None) -> str:
+    """The machine and the versions."""
+    name = torch.cuda.get_device_name()
+    return f"{name}, torch {torch.__version__}, triton {triton.__version__}"
+
+
+def check_all(every: list[Form], lanes: int) -> dict[Form, str]:
+    """The forms that are not right, and why."""
+    wrong = {}
+    for form, result, fault in each(every, check, lanes, CHECK_SECONDS):
+        note = fault or result
+        if note is not None:
+            wrong[form] = note
+        print(line(facts(form) | {"note": note or "right"}), flush=True)
+    return wrong
+
+
+def time_all(every: list[Form], wrong: dict[Form, str]) -> tuple[list[dict], int]:
+    """All lines of the table, and how many forms failed."""
+    rows = [facts(form) | {"note": note} for form, note in wrong.items()]
+    right = with_dense([form for form in every if form not in wrong])
+    failed = len(wrong)
+    for form, found, fault in each(right, rows_of, 1, TIME_SECONDS):
+        failed += fault is not None
+        new = [facts(form) | {"note": f"{fault}, timed"}] if fault else found
+        for row in new:
+            print(line(row), flush=True)
+        rows += new
+    return rows, failed
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    names = dict.fromkeys(name for row in rows for name in row)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(names))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     groups = ["wide", "narrow", "rows", "eight"]
     parser.add_argument("--only", nargs="+", choices=groups, default=groups)
-    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--lanes", type=int, default=12, help="small problems at a time")
     parser.add_argument("--check", action="store_true", help="which forms are right, no times")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
+    ((_, machine, fault),) = each([None], about, 1, CHECK_SECONDS)
+    print(machine or fault, flush=True)
+    if fault is not None:
+        return 1
     every = forms(options.only)
+    wrong = check_all(every, options.lanes)
+    print(f"{len(every) - len(wrong)} of {len(every)} forms are right", flush=True)
     if options.check:
-        for form, fault in faults(every, options.workers).items():
-            print(line({**vars(form), "note": fault or "right"}), flush=True)
-        return
-    torch.manual_seed(0)
-    rows = []
-    with torch.inference_mode():
-        for row in rows_of(every, faults(every, options.workers)):
-            rows.append(row)
-            print(line(row), flush=True)
+        return int(bool(wrong))
+    rows, failed = time_all(every, wrong)
+    print("", *map(line, rows), sep="\n")
     if options.csv is not None:
-        names = dict.fromkeys(name for row in rows for name in row)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(names))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.csv, rows)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

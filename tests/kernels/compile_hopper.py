@@ -45,6 +45,7 @@ class Build:
         return replace(chosen, **dict(self.changes))
 
 
+LONE = (("keys", 128), ("stages", 2), ("lone", True))
 STUDIED = ("persistent", "pingpong", "lazy", "unroll", "longest_first")
 
 
@@ -71,6 +72,7 @@ def builds(quick: bool) -> list[Build]:
     found += [Build(dtype="fp16"), Build(D=64, changes=(("emulate", True),))]
     found += [Build(changes=((name, True),)) for name in STUDIED]
     found += [Build(precision="int8_fp8", changes=(("late", True), ("keys", 64), ("stages", 4)))]
+    found += [Build(blocks=(64, 128), changes=LONE), Build(D=64, blocks=(64, 128), changes=LONE)]
     return found + [Build(changes=(("merged", True), ("keys", 64), ("stages", 4)))]
 
 

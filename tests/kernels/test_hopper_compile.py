@@ -26,7 +26,8 @@ def check(row: dict) -> None:
     odd = "valid" in row["build"] or "skips" in row["build"] or row["changes"]
     allowed = 24 if odd else 0
     assert row["spilled_bytes"] <= allowed, row
-    assert row["shared_bytes"] * row["programs"] <= 227 * KIB, row
+    # Of a multiprocessor's 228 KiB each program takes one more.
+    assert (row["shared_bytes"] + KIB) * row["programs"] <= 228 * KIB, row
     assert not row["serialised"], row
     assert row["loads"] >= 3, row
     names = " ".join(row["wgmma"])
