@@ -36,6 +36,7 @@ from vdit_sparse.kernels.block_sparse.hopper.steps import (
     start_values,
     step,
     step_or_skip,
+    store_outputs,
 )
 
 
@@ -90,24 +91,6 @@ def _produce(
                 )
             slot, phase = advance(slot, phase, STAGES)
             _block, start = step_at(list_ptr, steps - 2 - i, full, BLOCK_K, BN)
-
-
-@gluon.jit
-def _store(
-    out, lse, o_smem, o_desc, lse_ptr, b, h, m0, head_rows, S, W: gl.constexpr, D: gl.constexpr,
-    S_L: gl.constexpr, PERSISTENT: gl.constexpr,
-):  # fmt: skip
-    """Outputs and logarithms of this consumer's queries; a copy stops at the end of a head, so that
-    a ragged tile overwrites nothing."""
-    if PERSISTENT:
-        tma.store_wait(0)
-        gl.thread_barrier()
-    o = o_smem.index(W)
-    o.reshape([ROWS, D]).store(out.to(o.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(o_desc, [b, h, m0 + W * ROWS, 0], o)
-    rows = m0 + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_L))
-    gl.store(lse_ptr + head_rows + rows, lse, mask=rows < S)
 
 
 @gluon.jit
@@ -225,7 +208,7 @@ def _consume(
         lse = (peak + gl.log2(total)) * 0.6931471805599453
         if INT8:
             lse += scale * gl.load(shift_ptr + head * S + rows, mask=rows < S, other=0.0)
-        _store(
+        store_outputs(
             out, lse, o_smem, descriptors[3], lse_ptr, b, h, m0, head * S, S, W, D, S_L, PERSISTENT
         )  # fmt: skip
     tma.store_wait(0)

@@ -67,15 +67,9 @@ def step_at(list_ptr, step, full, BLOCK_K: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def tile_of(
-    t, lists, strides, sizes,
-    ROWS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
-):  # fmt: skip
-    """Batch row, head and first query of tile `t`; its list, how many steps of BN keys have real
-    ones, whether it is the whole row; and the real keys of the batch row."""
-    idx_ptr, cnt_ptr, kv_len_ptr, order_ptr = lists
-    idx_b, idx_h, idx_q, cnt_b, cnt_h, cnt_q = strides
-    H, S, keys, nk = sizes
+def place_of(t, order_ptr, kv_len_ptr, sizes, ROWS: gl.constexpr):
+    """Batch row, head and first query of tile `t`, and the real keys of the batch row."""
+    H, S, keys, _nk = sizes
     if order_ptr is not None:
         t = gl.load(order_ptr + t)
     tiles = (S + ROWS - 1) // ROWS
@@ -83,17 +77,39 @@ def tile_of(
     head = t // tiles
     m0 = (tiles - 1 - t % tiles) * ROWS
     b, h = head // H, head % H
-    b64, h64, row = b.to(gl.int64), h.to(gl.int64), (m0 // BLOCK_Q).to(gl.int64)
-    list_ptr = idx_ptr + b64 * idx_b + h64 * idx_h + row * idx_q
-    n = gl.load(cnt_ptr + b64 * cnt_b + h64 * cnt_h + row * cnt_q)
-    full = n == nk
     length = keys
     if kv_len_ptr is not None:
         length = gl.minimum(keys, gl.maximum(gl.load(kv_len_ptr + b), 0))
+    return b, h, m0, length
+
+
+@gluon.jit
+def list_of(b, h, row, lists, strides, nk, length, BLOCK_K: gl.constexpr):
+    """The list of query block `row`, how many of its entries have real keys, and whether it is the
+    whole row."""
+    idx_ptr, cnt_ptr, kv_len_ptr, _order_ptr = lists
+    idx_b, idx_h, idx_q, cnt_b, cnt_h, cnt_q = strides
+    b64, h64, row64 = b.to(gl.int64), h.to(gl.int64), row.to(gl.int64)
+    list_ptr = idx_ptr + b64 * idx_b + h64 * idx_h + row64 * idx_q
+    n = gl.load(cnt_ptr + b64 * cnt_b + h64 * cnt_h + row64 * cnt_q)
+    full = n == nk
+    if kv_len_ptr is not None:
         limit = (length + BLOCK_K - 1) // BLOCK_K
         n = gl.where(full, gl.minimum(n, limit), n)
         while (n > 0) & (block_at(list_ptr, n - 1, full) >= limit):
             n -= 1
+    return list_ptr, n, full
+
+
+@gluon.jit
+def tile_of(
+    t, lists, strides, sizes,
+    ROWS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    """Batch row, head and first query of tile `t`; its list, how many steps of BN keys have real
+    ones, whether it is the whole row; and the real keys of the batch row."""
+    b, h, m0, length = place_of(t, lists[3], lists[2], sizes, ROWS)
+    list_ptr, n, full = list_of(b, h, m0 // BLOCK_Q, lists, strides, sizes[3], length, BLOCK_K)
     steps = n * (BLOCK_K // BN)
     if BN < BLOCK_K:
         # Of the block that straddles the end, without the steps that lie behind it.

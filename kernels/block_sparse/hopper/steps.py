@@ -3,7 +3,9 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -166,3 +168,21 @@ def step_or_skip(
     mbarrier.arrive(v_empty.index(slot))
     slot, phase = advance(slot, phase, STAGES)
     return acc, peak, total, slot, phase
+
+
+@gluon.jit
+def store_outputs(
+    out, lse, o_smem, o_desc, lse_ptr, b, h, m0, head_rows, S, W: gl.constexpr, D: gl.constexpr,
+    S_L: gl.constexpr, PERSISTENT: gl.constexpr,
+):  # fmt: skip
+    """Outputs and logarithms of this consumer's queries; a copy stops at the end of a head, so that
+    a ragged tile overwrites nothing."""
+    if PERSISTENT:
+        tma.store_wait(0)
+        gl.thread_barrier()
+    o = o_smem.index(W)
+    o.reshape([ROWS, D]).store(out.to(o.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(o_desc, [b, h, m0 + W * ROWS, 0], o)
+    rows = m0 + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_L))
+    gl.store(lse_ptr + head_rows + rows, lse, mask=rows < S)
