@@ -11,6 +11,7 @@ from vdit_sparse.app.demo.limits import Studio
 from vdit_sparse.app.options import InputError
 
 BUNDLED_NAME = "bundled"
+FEW_STEP_NAME = "mini-fast"
 # Formats that run code when they are read.
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 ARGUMENTS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
@@ -31,9 +32,10 @@ class Known:
 
 
 def offered(studio: Studio) -> list[str]:
-    """Names of the models to choose from: the bundled one, those that the studio was started with,
-    and the folders below its root that hold one."""
-    names = [BUNDLED_NAME, *studio.models]
+    """Names of the models to choose from: the bundled one, in few steps too if its weights for that
+    are there, those that the studio was started with, and the folders below its root that hold
+    one."""
+    names = [BUNDLED_NAME, *[FEW_STEP_NAME] * _few_step().is_dir(), *studio.models]
     if studio.root is not None:
         found = sorted(studio.root.glob("*/model_index.json"))
         found += sorted(studio.root.glob("*/*/model_index.json"))
@@ -46,7 +48,7 @@ def resolve(name: str, studio: Studio) -> str | None:
     studio does not offer, outside its root, or with weights that are pickles."""
     if name in ("", BUNDLED_NAME):
         return None
-    if name in studio.models:
+    if name in studio.models or (name == FEW_STEP_NAME and _few_step().is_dir()):
         return name
     folder = _below_root(name, studio)
     pickled = sorted(file.name for file in folder.rglob("*") if file.suffix in PICKLES)
@@ -82,12 +84,20 @@ def known(model: str | None) -> Known:
     )
     stock = _signature(pipeline)
     arguments = {name: stock[name].default for name in ARGUMENTS if name in stock}
+    own = _json(folder / "generation.json")
+    if model == FEW_STEP_NAME:
+        own |= _json(_few_step() / "generation.json")
     return Known(
-        {**arguments, "fps": 16, **_json(folder / "generation.json")},
+        {**arguments, "fps": 16, **own},
         geometry_of_folder(model),
         _presets(transformer, model in BUNDLED),
         "image" in stock,
     )
+
+
+def _few_step() -> Path:
+    """Where the weights lie that turn the bundled model into its few-step variant."""
+    return bundled_model() / "transformer_fast"
 
 
 def _signature(pipeline: str | None) -> dict[str, inspect.Parameter]:
