@@ -4,7 +4,12 @@
 class StudioBenchForm extends HTMLElement {
   async connectedCallback() {
     const { h } = studio;
-    this.bench = (await studio.known()).bench;
+    try {
+      this.bench = (await studio.known()).bench;
+    } catch (error) {
+      this.replaceChildren(h("p", { class: "st-card st-error", role: "alert" }, error.message));
+      return;
+    }
     const select = (label, values, titles = values) => h("select", { "aria-label": label }, values.map((value, i) => h("option", { value: String(value) }, String(titles[i]))));
     this.what = select("What", ["kernels", "model"], ["attention kernels", "a whole forward"]);
     this.what.addEventListener("change", () => this.fill());
@@ -25,6 +30,7 @@ class StudioBenchForm extends HTMLElement {
   }
 
   form() {
+    if (!this.bench) return {};
     const methods = [...this.methods.querySelectorAll("input:checked")].map((box) => box.value);
     return { what: this.what.value, of: this.of.value, density: Number(this.density.value), methods };
   }
@@ -41,18 +47,25 @@ class StudioBench extends HTMLElement {
       this.machine(card.checks)));
   }
 
-  // Milliseconds for each mask; a CPU times dense attention with each, a GPU once.
+  // Rows by mask. A CPU times dense attention anew with each mask, among its rows; a GPU once, first.
+  groups(rows) {
+    const onCpu = this.card.facts.machine.includes("threads");
+    const groups = [];
+    for (const row of rows) {
+      const title = row.pattern === "dense" ? (onCpu ? null : "dense") : `${row.pattern}, density ${studio.number(row.density, 2)}`;
+      let group = groups.at(-1);
+      const other = title !== null && group?.title && group.title !== title;
+      if (!group || other || group.rows.some((one) => one.kernel === row.kernel)) groups.push((group = { title: null, rows: [] }));
+      group.title ??= title;
+      group.rows.push(row);
+    }
+    return groups;
+  }
+
   kernels(rows) {
     const { h } = studio;
-    const groups = new Map();
-    let title = "dense";
-    for (const row of rows.toReversed()) {
-      if (row.pattern !== "dense") title = `${row.pattern}, density ${studio.number(row.density, 2)}`;
-      else if (!this.card.facts.machine.includes("threads")) title = "dense";
-      groups.set(title, [row, ...(groups.get(title) ?? [])]);
-    }
     const most = Math.max(...rows.map((row) => row.ms ?? 0));
-    return [...groups].reverse().map(([name, group]) => h("section", { class: "st-chart" }, h("h4", {}, name), group.map((row) =>
+    return this.groups(rows).map(({ title: name, rows: group }) => h("section", { class: "st-chart" }, h("h4", {}, name ?? "dense"), group.map((row) =>
       this.bar(row.kernel, row.ms === null ? null : [[row.ms / most, row.pattern === "dense" ? "st-dense" : "st-sparse"]],
         row.ms === null ? row.note : `${studio.number(row.ms, row.ms < 10 ? 2 : 0)} ms · ${studio.number(row.tflops, row.tflops < 10 ? 2 : 0)} TFLOP/s · error ${row.error?.toExponential(1) ?? "–"}`))));
   }

@@ -1,8 +1,6 @@
 // <studio-gallery>: the user's finished runs; they are on the server's disk, so a reload keeps them.
 "use strict";
 
-const TITLES = { generate: "Generate", compare: "Compare", inspect: "Look inside", bench: "Bench" };
-
 class StudioGallery extends HTMLElement {
   connectedCallback() {
     studio.on("finished", () => this.read());
@@ -28,8 +26,7 @@ class StudioGallery extends HTMLElement {
     const open = async () => {
       try {
         const card = await studio.get(`runs/${run.name}`);
-        studio.openTab(TITLES[run.kind]);
-        studio.tell("open", card);
+        studio.open(card);
         document.querySelector("#tabs")?.scrollIntoView({ behavior: "smooth" });
       } catch (error) {
         studio.say(error.message);

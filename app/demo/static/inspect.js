@@ -25,16 +25,16 @@ class StudioInspect extends HTMLElement {
     this.token = this.middle();
     const select = (label, values) => h("select", { "aria-label": label, onchange: (event) => this.go({ [label.toLowerCase()]: Number(event.target.value) }) }, values.map((value) => h("option", { value: String(value) }, String(value))));
     this.selects = { step: select("Step", card.measured), layer: select("Layer", [...new Set(card.looks.map((look) => look.layer))]), head: select("Head", [...Array(card.heads).keys()]) };
-    this.numbers = h("p", { class: "st-faint", role: "status" });
+    this.numbers = h("p", { class: "st-faint st-numbers", role: "status" });
     this.own = h("button", { class: "st-plain", "aria-pressed": "false", onclick: () => { this.planned = !this.planned; this.column = undefined; this.paintMaps(); this.paintFrames(); } });
-    this.share = this.map("Visited blocks", this.own);
-    this.mass = this.map("Exact attention of each block", "in the order of the video");
-    this.frames = h("div", { class: "st-frames" });
+    this.share = this.map("Visited blocks", this.own, ["left out", "visited"]);
+    this.mass = this.map("Exact attention of each block", "in the order of the video", ["none", "most, logarithmic"]);
+    this.frames = h("div", { class: "st-frames", tabindex: "0", role: "group", "aria-label": "Tokens of the video: arrow keys choose one, Page Up and Down change the frame", onkeydown: (event) => this.key(event) });
     this.said = h("p", { class: "st-faint", role: "status" });
     this.mode = h("div", { class: "st-segments", role: "group", "aria-label": "What the frames show" }, [["sees", "What a token sees"], ["order", "Order of the tokens"]].map(([mode, title]) => h("button", { "data-mode": mode, onclick: () => { this.showing = mode; this.paintFrames(); } }, title)));
     this.showing = "sees";
     this.overview = h("div", { class: "st-overview" });
-    this.replaceChildren(h("div", { class: "st-card" }, h("h3", {}, card.prompt), h("p", { class: "st-faint" }, card.method),
+    this.replaceChildren(h("div", { class: "st-card" }, h("h3", {}, card.prompt), h("p", { class: "st-faint" }, studio.facts(card)), this.used(),
       h("div", { class: "st-controls" }, Object.entries(this.selects).map(([name, field]) => h("label", {}, name, field))), this.numbers,
       h("div", { class: "st-maps" }, this.share.element, this.mass.element),
       h("div", { class: "st-views" }, this.mode, this.said), this.frames, this.overview));
@@ -43,17 +43,44 @@ class StudioInspect extends HTMLElement {
     await this.go({});
   }
 
+  // What the colours of a heat map run from and to.
+  scale() {
+    const { h } = studio;
+    const low = h("span", {}), high = h("span", {});
+    return { low, high, element: h("p", { class: "st-scale" }, low, h("i", {}), high) };
+  }
+
   middle() {
     const [frames, height, width] = this.card.grid;
     return (Math.floor(frames / 2) * height + Math.floor(height / 2)) * width + Math.floor(width / 2);
   }
 
-  map(title, beside) {
+  // The method of this result; the form above may have another by now.
+  used() {
+    const { h } = studio;
+    const { name, method, label } = this.card.runs[0];
+    const kind = this.card.method.split("(")[0];
+    const fields = Object.entries(method.fields).filter(([, value]) => value !== null).map(([field, value]) => `${field.replaceAll("_", " ")} ${value}`);
+    return h("div", {}, h("p", { class: "st-used" }, "Made with ", h("strong", {}, label.includes("=") ? label.replace(" ", ", ") : name), ` (${kind})`),
+      h("details", { class: "st-code" }, h("summary", {}, "its settings"), h("p", { class: "st-faint" }, fields.join(" · "))));
+  }
+
+  // The same with keys as with the mouse.
+  key(event) {
+    const [frames, height, width] = this.card.grid, all = frames * height * width;
+    const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -width, ArrowDown: width, PageUp: -height * width, PageDown: height * width }[event.key];
+    if (!by || !this.plan) return;
+    event.preventDefault();
+    event.stopPropagation();
+    this.look((this.token + by + all) % all);
+  }
+
+  map(title, beside, [low, high]) {
     const { h } = studio;
     const canvas = h("canvas", { class: "st-map", role: "img", "aria-label": title });
     canvas.addEventListener("pointermove", (event) => this.hover(event, canvas));
     canvas.addEventListener("pointerdown", (event) => this.hover(event, canvas));
-    return { canvas, element: h("figure", {}, h("figcaption", {}, title, h("span", { class: "st-faint" }, beside)), canvas) };
+    return { canvas, element: h("figure", {}, h("figcaption", {}, title, h("span", { class: "st-faint" }, beside)), canvas, h("p", { class: "st-scale" }, low, h("i", {}), high)) };
   }
 
   // One picture of the video for each latent frame.
@@ -235,20 +262,22 @@ class StudioInspect extends HTMLElement {
     this.choice = h("select", { "aria-label": "Figure", onchange: () => { this.table = this.choice.value; this.paintOverview(); } }, TABLES.map(([name]) => h("option", { value: name }, name)));
     this.heat = h("div", { class: "st-heat" });
     this.explained = h("span", { class: "st-faint" });
+    this.heatScale = this.scale();
+    this.stepsScale = this.scale();
     const densities = card.densities.map(([step, value]) => h("i", { title: `step ${step}: density ${value.toFixed(3)}`, style: `height:${Math.max(2, 100 * value)}%` }));
     this.steps = h("div", { class: "st-heat" });
-    this.overview.replaceChildren(h("section", {}, h("h4", {}, "Layers and heads at this step"), h("div", { class: "st-controls" }, this.choice, this.explained), this.heat),
-      h("section", {}, h("h4", {}, "Density over steps and layers"), this.steps, h("div", { class: "st-spark", role: "img", "aria-label": "Mean density of each step" }, densities), h("p", { class: "st-faint" }, `mean density of steps 0 to ${card.steps - 1}, both guidance branches`)));
+    this.overview.replaceChildren(h("section", {}, h("h4", {}, "Layers and heads at this step"), h("div", { class: "st-controls" }, this.choice, this.explained), this.heat, this.heatScale.element),
+      h("section", {}, h("h4", {}, "Density over steps and layers"), this.steps, this.stepsScale.element, h("div", { class: "st-spark", role: "img", "aria-label": "Mean density of each step" }, densities), h("p", { class: "st-faint" }, `mean density of steps 0 to ${card.steps - 1}, both guidance branches`)));
   }
 
   paintOverview() {
     const { card } = this, row = card.measured.indexOf(this.at.step);
     this.explained.textContent = TABLES.find(([name]) => name === this.table)[1];
     const values = card.tables[this.table][row];
-    this.cells(this.heat, "layer", "head", values, [...values.keys()], (layer, head) => layer === this.at.layer && head === this.at.head, (layer, head) => this.go({ layer: this.nearest(layer), head }));
+    this.cells(this.heat, this.heatScale, "layer", "head", values, [...values.keys()], (layer, head) => layer === this.at.layer && head === this.at.head, (layer, head) => this.go({ layer: this.nearest(layer), head }));
     const mean = (list) => list.reduce((a, b) => a + (b ?? 0), 0) / list.length;
     const density = card.measured.map((_, i) => card.tables.density[i].map(mean));
-    this.cells(this.steps, "step", "layer", density, card.measured, (step, layer) => step === this.at.step && layer === this.at.layer, (step, layer) => this.go({ step, layer: this.nearest(layer) }));
+    this.cells(this.steps, this.stepsScale, "step", "layer", density, card.measured, (step, layer) => step === this.at.step && layer === this.at.layer, (step, layer) => this.go({ step, layer: this.nearest(layer) }));
   }
 
   // The layer with a map that is nearest to one without.
@@ -257,9 +286,11 @@ class StudioInspect extends HTMLElement {
     return there.reduce((a, b) => (Math.abs(b - layer) < Math.abs(a - layer) ? b : a));
   }
 
-  cells(home, rowName, columnName, values, rows, chosen, onpick) {
+  cells(home, scale, rowName, columnName, values, rows, chosen, onpick) {
     const { h } = studio;
     const flat = values.flat().filter((value) => value !== null), low = Math.min(...flat), high = Math.max(...flat);
+    scale.low.textContent = studio.number(low, 3);
+    scale.high.textContent = studio.number(high, 3);
     home.style.gridTemplateColumns = `auto repeat(${values[0].length}, minmax(0, 1fr))`;
     home.replaceChildren(h("span", { class: "st-faint" }, `${rowName} \\ ${columnName}`), ...values[0].map((_, column) => h("span", { class: "st-faint" }, String(column))),
       ...values.flatMap((line, i) => [h("span", { class: "st-faint" }, String(rows[i])), ...line.map((value, column) => {

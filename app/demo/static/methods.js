@@ -7,24 +7,36 @@ class StudioMethods extends HTMLElement {
     this.list = studio.h("div", { class: "st-methods" });
     this.more = studio.h("button", { class: "st-button st-add", onclick: () => this.add() }, "+ Add a method");
     this.replaceChildren(this.list, this.more, this.getAttribute("kind") === "inspect" ? this.maps() : "");
-    this.forms = await studio.known();
+    try {
+      this.forms = await studio.known();
+    } catch (error) {
+      this.list.replaceChildren(studio.h("p", { class: "st-card st-error", role: "alert" }, `${error.message} Reload the page when it runs again.`));
+      this.more.hidden = true;
+      return;
+    }
     this.own = [];
     studio.on("model", (name) => this.fit(name));
-    await this.fit("bundled");
+    await this.fit(studio.chosen);
   }
 
   // The presets of a model; the first becomes the choice.
   async fit(model) {
+    if (model === this.model) return;
+    this.model = model;
     const about = await studio.get(`model?name=${encodeURIComponent(model ?? "")}`).catch(() => ({ presets: [] }));
+    if (this.model !== model) return;
     this.own = about.presets;
     const wanted = this.most > 1 ? Math.min(2, this.most) : 1;
     this.list.replaceChildren();
     for (let i = 0; i < wanted; i++) this.add();
+    this.dataset.model = model;
   }
 
   add() {
     const taken = [...this.list.children].map((one) => one.choice);
-    const free = this.own.filter((name) => !taken.includes(name));
+    // Calibrations are for one size: what runs at any is offered first.
+    const calibrated = (name) => this.forms.methods.find((one) => one.name === this.forms.presets[name].method).calibrated;
+    const free = this.own.filter((name) => !taken.includes(name)).sort((a, b) => calibrated(a) - calibrated(b));
     const name = free[0] ?? this.forms.methods.map((one) => one.name).find((one) => !taken.includes(one)) ?? "radial";
     const one = document.createElement("studio-method");
     one.set(this.forms, this.own, name, this.most > 1 && (() => { one.remove(); this.count(); }));
@@ -76,7 +88,7 @@ class StudioMethod extends HTMLElement {
     const rare = this.fields.filter((field) => field.about.rare);
     this.replaceChildren(head, ...(method ? [
       h("p", { class: "st-about" }, method.about, method.source ? h("span", { class: "st-source" }, ` ${method.source}.`) : null,
-        method.calibrated ? " Needs a calibration: the bundled model brings one for its own size." : null),
+        method.calibrated ? " Needs a calibration for the model and size: the bundled model brings its own, others go under More." : null),
       h("details", { class: "st-fields" }, h("summary", {}, `${this.fields.length} settings`),
         h("div", { class: "st-grid" }, this.fields.filter((field) => !field.about.rare).map((field) => field.element)),
         rare.length ? h("details", { class: "st-rare" }, h("summary", {}, "rarely changed"), h("div", { class: "st-grid" }, rare.map((field) => field.element))) : null),

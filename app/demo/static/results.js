@@ -17,9 +17,8 @@ class StudioResults extends HTMLElement {
     const player = document.createElement("studio-player");
     const tracks = card.runs.map((run) => ({ title: run.name, url: studio.file(card.name, run.file) }));
     const compared = card.runs.length > 1;
-    const facts = [`seed ${card.settings.seed}`, `${card.frames} frames of ${card.height}x${card.width}`, `${card.settings.num_inference_steps} steps`, card.model, card.machine.gpu ?? card.machine.processor];
     this.replaceChildren(h("div", { class: "st-card" },
-      h("h3", {}, card.prompt), h("p", { class: "st-faint" }, facts.join(" · ")), player,
+      h("h3", {}, card.prompt), h("p", { class: "st-faint" }, studio.facts(card)), player,
       this.table(card.runs, compared), this.downloads(card), this.repeat(card)));
     player.set(tracks, { frames: card.frames, fps: card.fps, height: card.height, width: card.width });
   }

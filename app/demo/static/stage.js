@@ -16,13 +16,22 @@ class StudioStage extends HTMLElement {
     this.empty();
     studio.on("open", (card) => card.kind === this.kind && this.result(card));
     studio.on("removed", (name) => name === this.shown && this.empty());
+    if (studio.wanted[this.kind]) this.result(studio.wanted[this.kind]);
+    else await this.find();
+  }
+
+  // The run that goes on, or the last that ended, unless the user has asked for another meanwhile.
+  async find() {
+    const asked = () => this.name || this.shown;
     try {
       const running = (await studio.get("jobs")).filter((job) => job.kind === this.kind);
+      if (asked()) return;
       if (running.length) return this.follow(running.at(-1).name);
       const last = (await studio.get("runs")).find((run) => run.kind === this.kind);
-      if (last) this.result(await studio.get(`runs/${last.name}`));
+      const card = last && (await studio.get(`runs/${last.name}`));
+      if (card && !asked()) this.result(card);
     } catch (error) {
-      this.failed(error.message);
+      if (!asked()) this.failed(error.message);
     }
   }
 

@@ -1,6 +1,8 @@
 // What all elements of the studio share: requests, building of elements, theme, tabs, shortcuts.
 "use strict";
 
+const TITLES = { generate: "Generate", compare: "Compare", inspect: "Look inside", bench: "Bench" };
+
 const studio = (() => {
   const bus = new EventTarget();
 
@@ -43,6 +45,13 @@ const studio = (() => {
 
   const tab = () => document.querySelector('#tabs [role="tab"][aria-selected="true"]')?.textContent.trim() ?? "";
   const openTab = (title) => [...document.querySelectorAll('#tabs [role="tab"]')].find((one) => one.textContent.trim() === title)?.click();
+  // Shows a finished run in its tab, whose elements are not there before it is opened once.
+  const wanted = {};
+  function open(card) {
+    wanted[card.kind] = card;
+    openTab(TITLES[card.kind]);
+    bus.dispatchEvent(new CustomEvent("open", { detail: card }));
+  }
   const visible = (selector) => [...document.querySelectorAll(selector)].find((one) => one.offsetParent !== null);
 
   let note;
@@ -64,14 +73,21 @@ const studio = (() => {
 
   function theme(dark) {
     document.body.classList.toggle("dark", dark);
+  }
+
+  // What the user chose stays; who never chose gets what the browser prefers.
+  function turn() {
+    const dark = !document.body.classList.contains("dark");
+    theme(dark);
     try { localStorage.setItem("studio-theme", dark ? "dark" : "light"); } catch { /* private window */ }
-    bus.dispatchEvent(new CustomEvent("theme"));
   }
 
   const number = (value, digits = 2, unit = "") =>
     value === null || value === undefined || Number.isNaN(value) ? "–" : value.toFixed(digits) + unit;
   const seconds = (value) =>
     value === null || value === undefined ? "–" : value >= 90 ? `${Math.floor(value / 60)} min ${Math.round(value % 60)} s` : value >= 10 ? `${Math.round(value)} s` : `${value.toFixed(1)} s`;
+  // What a run was of, in short.
+  const facts = (card) => [`seed ${card.settings.seed}`, `${card.frames} frames of ${card.height}x${card.width}`, `${card.settings.num_inference_steps} steps`, card.model, card.machine.gpu ?? card.machine.processor].join(" · ");
   const file = (run, name) => `/studio/files/${run}/${name}`;
 
   // A video that shows the frames of a file one by one: seek(i) is done when frame i can be drawn.
@@ -113,12 +129,13 @@ const studio = (() => {
   }
 
   return {
-    decode, bus, get, h, known, type, tab, openTab, visible, say, copy, theme, number, seconds, file,
+    decode, bus, get, h, known, type, tab, open, wanted, visible, say, copy, theme, turn, facts, number, seconds, file,
     post: (path) => get(path, "POST"),
     on: (name, action) => bus.addEventListener(name, (event) => action(event.detail)),
     tell: (name, detail) => bus.dispatchEvent(new CustomEvent(name, { detail })),
+    chosen: "bundled",
     // Called by Gradio's events in page.py.
-    model: (name) => studio.tell("model", name),
+    model: (name) => { studio.chosen = name; studio.tell("model", name); },
     runs: (kind) => JSON.stringify(document.querySelector(`:is(studio-methods, studio-bench-form)[kind="${kind}"]`)?.form() ?? {}),
     answer: (kind, text) => document.querySelector(`studio-stage[kind="${kind}"]`)?.answer(text ? JSON.parse(text) : { error: "The studio could not take this. Its log says why." }),
   };
@@ -134,14 +151,14 @@ class StudioHeader extends HTMLElement {
       h("img", { src: "/studio/static/icon.svg", alt: "", width: "30", height: "30" }),
       h("div", { class: "st-brand" }, h("h1", {}, "vdit-sparse studio"), h("p", {}, "See what sparse attention does to a video, and what it saves.")),
       h("button", { class: "st-icon", title: "Keyboard shortcuts (?)", "aria-label": "Keyboard shortcuts", onclick: shortcuts }, "?"),
-      h("button", { class: "st-icon", title: "Light or dark", "aria-label": "Light or dark", onclick: () => studio.theme(!document.body.classList.contains("dark")) }, "◐"),
+      h("button", { class: "st-icon", title: "Light or dark", "aria-label": "Light or dark", onclick: studio.turn }, "◐"),
     );
   }
 }
 
 class StudioExamples extends HTMLElement {
   async connectedCallback() {
-    const { examples } = await studio.known();
+    const { examples } = await studio.known().catch(() => ({ examples: [] }));
     this.replaceChildren(...examples.map((text) => studio.h("button", { class: "st-chip", title: text, onclick: () => studio.type("prompt", text) }, text)));
     const field = document.querySelector("#prompt textarea");
     if (field && !field.value) studio.type("prompt", examples[0]);
@@ -178,12 +195,14 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === "Escape" && !document.querySelector("dialog[open]")) studio.visible("studio-stage")?.cancel();
+  // Escape in an open list closes the list.
+  const list = event.target.closest?.("select, [role=combobox]");
+  if (event.key === "Escape" && !list && !document.querySelector("dialog[open]")) studio.visible("studio-stage")?.cancel();
   const from = event.target;
   if (from.closest?.("input, textarea, select, [role=slider], [contenteditable]")) return;
   if (event.key === " " && from.closest?.("button, summary, a")) return;
   if (event.key === "?") shortcuts();
-  else if (event.key === "d") studio.theme(!document.body.classList.contains("dark"));
+  else if (event.key === "d") studio.turn();
   else if (studio.visible("studio-player")?.key(event.key)) event.preventDefault();
 });
 

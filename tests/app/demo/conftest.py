@@ -21,6 +21,8 @@ from vdit_sparse.app.demo.limits import Limits, Studio  # noqa: E402
 from vdit_sparse.app.demo.server import build_app  # noqa: E402
 
 SMALL = {"height": 32, "width": 64, "num_frames": 9, "num_inference_steps": 2}
+# Milliseconds that a browser waits for what comes in the end.
+LONG = 60_000
 FORM = {"prompt": "a cat runs", "model": "tiny", "runs": ["radial:block=64"]}
 
 
@@ -43,7 +45,8 @@ def calibration(root, tmp_path_factory):
     words = ["calibrate", "--method", "paro", "--prompts", folder / "prompts.txt"]
     words += ["--model", root / "tiny", "--out", folder / "paro.safetensors", "--seeds", 0]
     words += ["--size", "128x128", "--num-frames", 9, "--steps", 2, "--device", "cpu"]
-    done = CliRunner().invoke(app, [str(word) for word in [*words, "--dtype", "fp32", "--set", "density=0.5"]])
+    words += ["--dtype", "fp32", "--set", "density=0.5"]
+    done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code == 0, done.output
     return folder / "paro.safetensors"
 
@@ -79,6 +82,53 @@ def served(root, tmp_path_factory):
     state = tmp_path_factory.mktemp("served")
     with running(Studio(state, root=root, device="cpu", limits=replace(Limits(), each=2))) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium; skips where Playwright or a Chromium is not installed."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("there is no chromium here")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+# The page is all there: its own elements, and what Gradio fills in when it is opened.
+WHOLE = """
+  document.querySelector('studio-methods[data-model] studio-method')
+  && document.querySelector('studio-stage > *') && document.querySelector('studio-gallery > *')
+  && document.querySelector('#size input')?.value
+  && document.querySelector('#prompt textarea')?.value
+"""
+
+
+@pytest.fixture
+def open_page(browser, served):
+    """Opens the page as a new user, or with `context=` as one who was here; what the browser
+    complains about, and every address that is not the studio's, fails the test."""
+    contexts, wrong = [], []
+
+    def opened(context=None, **options):
+        if context is None:
+            context = browser.new_context(**{"viewport": {"width": 1300, "height": 900}, **options})
+            contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(LONG)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        own = (served[0], "data:", "blob:")
+        page.on("request", lambda request: request.url.startswith(own) or wrong.append(request.url))
+        page.goto(served[0])
+        page.wait_for_function(WHOLE)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not wrong
 
 
 @pytest.fixture
