@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 
 from tests.kernels.hopper_gluon import Buffer, Descriptor, pointer, sources, value
-from vdit_sparse.kernels.block_sparse.hopper import kernel, launch
+from vdit_sparse.kernels.block_sparse.hopper import kernel, launch, pairs
 
 GARBAGE = 77
 
@@ -68,11 +68,11 @@ class Worker:
 class Machine:
     """What the kernel's names stand for while one program runs."""
 
-    def __init__(self, program, programs, seed):
+    def __init__(self, entry, program, programs, seed):
         self.random = random.Random(seed)
         self.control, self.ended, self.current = threading.Semaphore(0), False, None
         self.copies, self.buffers, self.place = [], [], (program, programs)
-        self.names = sources(self)
+        self.names = sources(self, entry)
 
     def specialize(self, groups, warps, registers):
         """Runs the warp groups until all are over."""
@@ -185,12 +185,12 @@ class Machine:
 class Launcher:
     """Stands in for the compiled kernel: `launcher[grid](*arguments, **constants)`."""
 
-    def __init__(self, seed):
-        self.seed = seed
+    def __init__(self, compiled, seed):
+        self.compiled, self.seed = compiled, seed
 
     def __getitem__(self, grid):
         def run(*arguments, num_warps, maxnreg=None, **constants):
-            names = kernel.hopper_forward.arg_names
+            names, entry = self.compiled.arg_names, self.compiled.fn.__name__
             given = dict(zip(names, arguments, strict=False)) | constants
             for name, x in given.items():
                 if name.endswith("_desc"):
@@ -200,13 +200,14 @@ class Launcher:
                 elif isinstance(x, int) and name not in constants:
                     given[name] = value(x)
             for program in range(grid[0]):
-                machine = Machine(program, grid[0], self.seed + program)
-                machine.names["hopper_forward"](**given)
+                machine = Machine(entry, program, grid[0], self.seed + program)
+                machine.names[entry](**given)
 
         return run
 
 
 def attend_here(monkeypatch, seed=0, multiprocessors=2):
     """From here on `launch` and `launch_skipping` compute in this process, on the CPU."""
-    monkeypatch.setattr(launch, "hopper_forward", Launcher(seed))
+    monkeypatch.setattr(launch, "hopper_forward", Launcher(kernel.hopper_forward, seed))
+    monkeypatch.setattr(launch, "paired_forward", Launcher(pairs.paired_forward, seed))
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
