@@ -22,6 +22,8 @@ Methods = Annotated[
     list[str] | None, typer.Option("--method", help="A method; repeatable; default all.")
 ]
 
+Seconds = Annotated[float | None, typer.Option(help="Begin no kernel after so many.")]
+
 
 @bench.command()
 def model(
@@ -85,6 +87,7 @@ def kernels(
     dtype: Dtype = None,
     csv: Csv = None,
     png: Annotated[Path | None, typer.Option(help="Write a roofline here.", metavar="FILE")] = None,
+    seconds: Seconds = None,
     debug: Debug = False,
 ) -> None:
     """Time attention kernels at the sizes of published models, after checking each."""
@@ -97,9 +100,8 @@ def kernels(
         facts = facts_of(request.device, request.dtype) | {"block": block}
         typer.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
         rows = []
-        for found in measure(request, complain):
+        for found in measure(request, complain, lambda row: append(csv, [row], facts)):
             typer.echo("\n".join(kernel_lines(found)))
-            append(csv, found, facts)
             rows += found
         write_roofline(png, rows, facts["machine"])
 
@@ -111,7 +113,7 @@ def append(path: Path | None, rows: list[dict], facts: dict) -> None:
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
+        writer = csv.DictWriter(file, list(rows[0] | facts))
         if new:
             writer.writeheader()
         writer.writerows(row | facts for row in rows)

@@ -1,6 +1,8 @@
 """Attention kernels at the sizes of published models, on masks of several kinds."""
 
+import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +20,8 @@ from vdit_sparse.kernels.bench.report import line
 @dataclass(frozen=True)
 class KernelBench:
     """What to measure: `kernels` on masks of `patterns` at each of `densities`, and on those that
-    `methods` make of random q and k near each, for every one of `shapes`."""
+    `methods` make of random q and k near each, for every one of `shapes`; no kernel is begun
+    `seconds` after the start."""
 
     shapes: dict[str, Shape]
     kernels: tuple[str, ...]
@@ -28,10 +31,15 @@ class KernelBench:
     block: int
     device: torch.device
     dtype: torch.dtype
+    seconds: float = math.inf
 
 
-def measure(bench: KernelBench, say: Callable[[str], None]) -> Iterator[list[dict]]:
-    """Rows of each shape as plain data, with its name and sizes in them."""
+def measure(
+    bench: KernelBench, say: Callable[[str], None], keep: Callable[[dict], None]
+) -> Iterator[list[dict]]:
+    """Rows of each shape as plain data, with its name and sizes in them; `say` and `keep` are given
+    each row as soon as it is known."""
+    deadline = time.monotonic() + bench.seconds
     for name, shape in bench.shapes.items():
         say(f"{name}: {shape.tokens} tokens, {shape.heads} heads of {shape.dim}")
         problem = Problem(
@@ -44,10 +52,18 @@ def measure(bench: KernelBench, say: Callable[[str], None]) -> Iterator[list[dic
                 for density in bench.densities
                 for pattern in bench.patterns
             ]
+            rows = []
+
+            def told(row: Row, name=name, problem=problem, rows=rows) -> None:
+                say(line(asdict(row)))
+                rows += [{"shape": name, **data} for data in as_data(problem, [row])]
+                keep(rows[-1])
+
             own, failed = own_masks(bench, shape, problem)
-            rows = run(problem, bench.kernels, masks + own, lambda row: say(line(asdict(row))))
-            rows += failed
-        yield [{"shape": name, **row} for row in as_data(problem, rows)]
+            run(problem, bench.kernels, masks + own, told, deadline)
+            for row in failed:
+                told(row)
+        yield rows
 
 
 def own_masks(bench: KernelBench, shape: Shape, problem: Problem) -> tuple[list[Masked], list[Row]]:
@@ -63,7 +79,8 @@ def own_masks(bench: KernelBench, shape: Shape, problem: Problem) -> tuple[list[
             for name, method in sparse_methods(bench.methods, *about):
                 try:
                     plan = method.plan(q, k, Call(grid, 0, 1, 12, 50, {}))
-                except (RuntimeError, ValueError) as error:
+                # A compiler or a driver may raise anything; the other methods still count.
+                except Exception as error:
                     said = " ".join(str(error).split())[:160]
                     failed.append(Row("all", name, density, note=said))
                     continue

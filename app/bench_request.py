@@ -1,6 +1,7 @@
 """What the bench commands are asked for, from words to values."""
 
 import importlib.util
+import math
 
 import torch
 
@@ -69,6 +70,7 @@ def parse_kernels(words: dict) -> KernelBench:
         block=parse_block(words["block"]),
         device=device,
         dtype=parse_dtype(words["dtype"], device),
+        seconds=math.inf if words["seconds"] is None else words["seconds"],
     )
 
 

@@ -1,5 +1,6 @@
 """Each kernel is compared with exact attention on sampled rows, then timed."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -50,22 +51,25 @@ def run(
     names: Iterable[str],
     masks: Iterable[Masked],
     tell: Callable[[Row], None] = lambda row: None,
+    deadline: float = math.inf,
 ) -> list[Row]:
     """Every kernel on every mask; what cannot run is a row with the reason. A GPU times dense
     kernels once, a CPU with each mask and in turns with the sparse ones. `tell` is given each row
-    as soon as it is known."""
+    as soon as it is known. deadline: of `time.monotonic`; no kernel is begun after it."""
     rows = []
-    for row in _rows(problem, list(names), masks):
+    for row in _rows(problem, list(names), masks, deadline):
         tell(row)
         rows.append(row)
     return rows
 
 
-def _rows(problem: Problem, names: list[str], masks: Iterable[Masked]) -> Iterator[Row]:
+def _rows(
+    problem: Problem, names: list[str], masks: Iterable[Masked], deadline: float
+) -> Iterator[Row]:
     on_gpu, tensors = problem.device.type == "cuda", problem.tensors()
     if on_gpu:
         for name in filter(DENSE.__contains__, names):
-            yield checked(name, tensors, Masked("dense"), time_gpu)[0]
+            yield _in_time(name, tensors, Masked("dense"), deadline)
         names = [name for name in names if name not in DENSE]
     for masked in masks:
         tokens = masked.tokens or problem.tokens
@@ -73,9 +77,31 @@ def _rows(problem: Problem, names: list[str], masks: Iterable[Masked]) -> Iterat
             tensors = replace(problem, tokens=tokens).tensors()
         if on_gpu:
             for name in names:
-                yield checked(name, tensors, masked, time_gpu)[0]
-        else:
+                yield _in_time(name, tensors, masked, deadline)
+        elif time.monotonic() < deadline:
             yield from _in_turns(names, tensors, masked)
+        else:
+            yield from (_late(name, _of(name, masked)) for name in names)
+
+
+def _in_time(name: str, tensors: list[Tensor], masked: Masked, deadline: float) -> Row:
+    if time.monotonic() >= deadline:
+        return _late(name, masked)
+    return checked(name, tensors, masked, time_gpu)[0]
+
+
+def _of(name: str, masked: Masked) -> Masked:
+    """What this kernel takes of a mask."""
+    return masked if KERNELS[name].sparse else Masked("dense")
+
+
+def _late(name: str, masked: Masked) -> Row:
+    return replace(_unmeasured(name, masked), note="not begun: the time was up")
+
+
+def _unmeasured(name: str, masked: Masked) -> Row:
+    density = 1.0 if masked.mask is None else round(masked.mask.density(), 4)
+    return Row(name, masked.pattern, density)
 
 
 def checked(
@@ -85,8 +111,7 @@ def checked(
     timed: Callable[[Attend], float] | None = None,
 ) -> tuple[Row, Attend | None]:
     """The row of one kernel on one mask, with its time if `timed` says how; and its call."""
-    kernel, mask = KERNELS[name], masked.mask
-    row = Row(name, masked.pattern, 1.0 if mask is None else round(mask.density(), 4))
+    kernel, mask, row = KERNELS[name], masked.mask, _unmeasured(name, masked)
     reason = kernel.why_not(tensors, mask)
     if reason is not None:
         return replace(row, note=reason), None
@@ -101,10 +126,7 @@ def checked(
 
 
 def _in_turns(names: list[str], tensors: list[Tensor], masked: Masked) -> list[Row]:
-    found = [
-        checked(name, tensors, masked if KERNELS[name].sparse else Masked("dense"))
-        for name in names
-    ]
+    found = [checked(name, tensors, _of(name, masked)) for name in names]
     calls = {row.kernel: attend for row, attend in found if attend is not None}
     times = time_interleaved(calls, ROUNDS)
     return [

@@ -1,13 +1,15 @@
 """What one pass before attention gains: norms, RoPE and a plan's order, at the size of a layer."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from vdit_sparse.kernels.bench.measure import time_gpu
+from vdit_sparse.kernels.bench.measure import Masked, checked, time_gpu
 from vdit_sparse.kernels.bench.problem import Problem
+from vdit_sparse.kernels.bench.report import line
 from vdit_sparse.kernels.qk_prepare import merge_heads, prepare
 from vdit_sparse.kernels.qk_prepare.blocks import prepare_blocks
 from vdit_sparse.kernels.quant import smooth_quantize
@@ -39,7 +41,7 @@ def passes(problem: Problem) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     once = x.numel() * x.element_size()
     angles = torch.rand(S, D // 2, device=problem.device) * 6.28
     cos, sin = (f(angles).repeat_interleave(2, -1)[None, :, None] for f in (torch.cos, torch.sin))
-    order = torch.stack([torch.randperm(S, device=problem.device) for _ in range(H)])
+    order = _order(problem)
     back = inverse(order, S)
     heads = attention.transpose(1, 2)
     yield "copy", 2 * once, x.clone
@@ -72,8 +74,56 @@ def passes(problem: Problem) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     yield "rows back", 2 * once, lambda: merge_heads(heads, back)
 
 
-def run_passes(problem: Problem) -> None:
-    """Prints a line for each pass on a GPU: milliseconds, and TB/s of what has to be moved."""
+def run_passes(problem: Problem, density: float) -> None:
+    """Prints a line for each pass on a GPU: milliseconds, and TB/s of what has to be moved; then
+    what an order costs a call, as a share of its attention. A line that fails says why."""
     for name, moved, call in passes(problem):
-        ms = time_gpu(call)
-        print(f"{ms:8.3f} ms {moved / ms / 1e9:6.2f} TB/s  {name}", flush=True)
+        ms = _timed(name, call)
+        if ms is not None:
+            print(f"{ms:8.3f} ms {moved / ms / 1e9:6.2f} TB/s  {name}", flush=True)
+    torch.cuda.empty_cache()
+    ms = _timed("an order, there and back", order_of_a_call(problem))
+    tensors = problem.tensors()
+    masks = {"sdpa-cudnn": None, "triton": problem.mask("random", density)}
+    masks |= {"hopper": masks["triton"], "int8_fp8": masks["triton"]}
+    for name, mask in masks.items():
+        row, _ = checked(
+            name, tensors, Masked("dense" if mask is None else "random", mask), time_gpu
+        )
+        share = "" if None in (ms, row.ms) else f", an order is {ms / row.ms:.2%} of it"
+        print(line(asdict(row)) + share, flush=True)
+
+
+def order_of_a_call(problem: Problem) -> Callable[[], Tensor]:
+    """What a plan with an order adds to one attention call: q, k and v there, the output and its
+    lse back, and the inverse of the order."""
+    tensors = problem.tensors()
+    lse = torch.zeros_like(tensors[0][..., 0], dtype=torch.float32)
+    order = _order(problem)
+
+    def call() -> Tensor:
+        out = [reorder(x, order) for x in tensors][0]
+        back = inverse(order, problem.tokens)
+        reorder(lse, back)
+        return reorder(out, back)
+
+    return call
+
+
+def _order(problem: Problem) -> Tensor:
+    """Another random order for each head, int64 `[H, S]`."""
+    device = problem.device
+    return torch.stack(
+        [torch.randperm(problem.tokens, device=device) for _ in range(problem.heads)]
+    )
+
+
+def _timed(name: str, call: Callable[[], Tensor]) -> float | None:
+    """Milliseconds, or None after a line with the reason."""
+    try:
+        return time_gpu(call)
+    # A compiler or a driver may raise anything; the other lines still count.
+    except Exception as failed:
+        said = " ".join(str(failed).split())[:160]
+        print(f"       -                {name}: {type(failed).__name__}: {said}", flush=True)
+        return None

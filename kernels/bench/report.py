@@ -44,21 +44,19 @@ def line(row: dict) -> str:
     return f"{start} {row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s{error}  {row['kernel']}"
 
 
-def report(rows: list[dict], facts: dict[str, str], path: Path | None) -> None:
-    """Prints the rows as a table, and appends them to a CSV file if asked."""
+def report(rows: list[dict], facts: dict[str, str]) -> None:
+    """Prints the rows as a table."""
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     first = rows[0]
     print({name: first[name] for name in ("heads", "tokens", "dim", "block", "dtype")})
     print("\n".join(table(rows)), flush=True)
-    if path is not None:
-        append(path, rows, facts)
 
 
 def append(path: Path, rows: list[dict], facts: dict) -> None:
     """Appends rows, each with the facts of the machine, to a CSV file; a new one gets a header."""
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
+        writer = csv.DictWriter(file, list(rows[0] | facts))
         if new:
             writer.writeheader()
         writer.writerows(each | facts for each in rows)
@@ -78,10 +76,12 @@ def roofline(rows: list[dict], gpu: str, path: Path) -> None:
         axes.plot(*zip(*points, strict=True), "o", label=name, markersize=5)
     known = next((peaks for part, peaks in PEAKS.items() if part in gpu), None)
     if known is not None and timed:
-        ends = [min(map(intensity, timed)) / 2, max(map(intensity, timed)) * 2]
+        low, high = min(map(intensity, timed)) / 2, max(map(intensity, timed)) * 2
+        # The slope is a curve on this axis, which takes points.
+        places = [low * (high / low) ** (i / 100) for i in range(101)]
         for peak, name in zip(known, ("bf16", "8 bits"), strict=False):
-            roof = [min(peak, known[2] * end) for end in ends]
-            axes.plot(ends, roof, "--", linewidth=1, label=f"peak, {name}")
+            roof = [min(peak, known[2] * place) for place in places]
+            axes.plot(places, roof, "--", linewidth=1, label=f"peak, {name}")
     axes.set(xscale="log", xlabel="FLOP / byte", ylabel="TFLOP/s on kept blocks", title=gpu)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7, ncols=2)

@@ -230,7 +230,6 @@ def test_passes_before_attention_agree(device):
         moved = calls[f"one pass with an order, {of}"]()
         assert moved.sum().item() == pytest.approx(expected.sum().item(), abs=1e-2)
         assert torch.allclose(calls[f"one pass with an order and block means, {of}"](), moved)
-        assert calls[f"INT8 of q and k with an order, {of}"]().shape == (1, 2, 64, 16)
     assert calls["rows back"]().shape == (1, 12, 32)
 
 
