@@ -77,6 +77,9 @@ def forms(groups: list[str]) -> list[Form]:
     found += [_form("narrow", 64, changes=change) for change in narrow]
     for blocks in ((64, 128), (64, 64), (128, 64)):
         found += [_form("rows", 128, blocks)]
+    paired = {"consumers": 2, "registers": None, "paired": True}
+    found += [_form("rows", 128, (64, 128), changes=paired | {"keys": 128})]
+    found += [_form("rows", 128, (64, 64), changes=paired | {"stages": 6})]
     lone = {"keys": 128, "stages": 2, "lone": True}
     found += [_form("rows", 128, (64, 128), changes=lone)]
     found += [_form("rows", 128, (64, 128), changes={"keys": 128, "stages": 1})]
@@ -90,7 +93,8 @@ def forms(groups: list[str]) -> list[Form]:
 
 def _form(group: str, dim: int, blocks=(128, 128), precision="bf16", changes=None) -> Form:
     items = tuple((changes or {}).items())
-    words = [name if value is True else f"{name} {value}" for name, value in items]
+    shown = [item for item in items if item[0] not in ("consumers", "registers")]
+    words = [name if value is True else f"{name} {value}" for name, value in shown]
     return Form(group, ", ".join(words) or "as it is", dim, blocks, precision, items)
 
 

@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from vdit_sparse.kernels.block_sparse.hopper.kernel import hopper_forward
+from vdit_sparse.kernels.block_sparse.hopper.pairs import paired_forward
 from vdit_sparse.kernels.block_sparse.hopper.variants import Variant, variant_for
 
 NUMBERS = {"bf16": gl.bfloat16, "fp16": gl.float16, "i8": gl.int8, "fp8e4nv": gl.float8e4nv}
@@ -44,8 +45,15 @@ class Build:
         chosen = variant_for(self.D, self.blocks, self.precision, self.ends == "valid")
         return replace(chosen, **dict(self.changes))
 
+    @property
+    def kernel(self):
+        return paired_forward if self.variant.paired else hopper_forward
 
+
+PAIRED = (("consumers", 2), ("registers", None), ("paired", True))
+WIDE, THIN = (*PAIRED, ("keys", 128)), (*PAIRED, ("stages", 6))
 LONE = (("keys", 128), ("stages", 2), ("lone", True))
+ENDS = ("whole", "kv_len", "valid")
 STUDIED = ("persistent", "pingpong", "lazy", "unroll", "longest_first")
 
 
@@ -56,6 +64,7 @@ def builds(quick: bool) -> list[Build]:
             Build(ends="kv_len"),
             Build(blocks=(64, 128)),
             Build(D=64, precision="int8_fp8"),
+            Build(blocks=(64, 128), changes=WIDE),
         ]
     every = [(128, 128), (128, 64), (64, 128), (64, 64)]
     found = [Build(D, blocks) for D in (64, 128) for blocks in every]
@@ -73,6 +82,8 @@ def builds(quick: bool) -> list[Build]:
     found += [Build(changes=((name, True),)) for name in STUDIED]
     found += [Build(precision="int8_fp8", changes=(("late", True), ("keys", 64), ("stages", 4)))]
     found += [Build(blocks=(64, 128), changes=LONE), Build(D=64, blocks=(64, 128), changes=LONE)]
+    found += [Build(D, (64, 128), changes=WIDE, ends=e) for D in (64, 128) for e in ENDS[:2]]
+    found += [Build(D, (64, 64), changes=THIN) for D in (64, 128)]
     return found + [Build(changes=(("merged", True), ("keys", 64), ("stages", 4)))]
 
 
@@ -112,13 +123,9 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _source(build: Build) -> GluonASTSource:
-    variant, names = build.variant, hopper_forward.arg_names
-    constants = {
-        "D": build.D,
-        "BLOCK_Q": build.blocks[0],
-        "BLOCK_K": build.blocks[1],
-        **variant.constants,
-    }
+    variant, names = build.variant, build.kernel.arg_names
+    constants = {"D": build.D, "BLOCK_Q": build.blocks[0], "BLOCK_K": build.blocks[1]}
+    constants = {name: x for name, x in (constants | variant.constants).items() if name in names}
     absent = {
         "q_scale_ptr": build.precision == "bf16",
         "k_scale_ptr": build.precision == "bf16",
@@ -129,11 +136,11 @@ def _source(build: Build) -> GluonASTSource:
         "order_ptr": not variant.longest_first,
         "skips_ptr": not build.skips,
     }
-    constants |= {name: None for name, is_absent in absent.items() if is_absent}
+    constants |= {name: None for name, is_absent in absent.items() if is_absent and name in names}
     signature = {name: _type(name, build) for name in names} | dict.fromkeys(constants, "constexpr")
     aligned = [(names.index(n),) for n in names if n.endswith("_ptr") and n not in constants]
     return GluonASTSource(
-        hopper_forward,
+        build.kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
         dict.fromkeys(aligned, [["tt.divisibility", 16]]),

@@ -106,6 +106,29 @@ def test_every_form_is_right(change, block, D, device):
     assert_attention(launch(q, k, v, mask, D**-0.5, None, "bf16", variant), q, k, v, mask)
 
 
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("keys", [64, 128])
+@pytest.mark.parametrize("form", ["lone", "paired", "paired, one stage"])
+def test_forms_for_lists_of_64_queries(form, keys, D, device):
+    """Neighbouring rows whose lists share all, some and no blocks."""
+    from vdit_sparse.kernels.block_sparse.hopper.launch import launch
+
+    q, k, v, _ = many_tiles(device, 64, D)
+    keep = torch.rand(60, 10, 640 // keys) < torch.rand(60, 10, 1)
+    keep[:30, ::2] = keep[:30, 1::2]
+    mask = BlockMask.from_keep(keep, (64, keys)).to(device)
+    hopper_or_skip(q, k, v, mask)
+    variant = {
+        "lone": Variant(1, keys, 2, lone=True, registers=128),
+        "paired": Variant(2, keys, 3, paired=True),
+        "paired, one stage": Variant(2, keys, 1, paired=True),
+    }[form]
+    for S in (640, 630, 570):
+        short = [x[:, :, :S] for x in (q, k, v)]
+        part = BlockMask.from_keep(mask.keep()[:, :, : -(-S // 64), : -(-S // keys)], (64, keys))
+        assert_attention(launch(*short, part, D**-0.5, None, "bf16", variant), *short, part)
+
+
 @pytest.mark.parametrize("scale", [4.0, 30.0])
 @pytest.mark.parametrize("change", [None, "lazy"])
 def test_large_scores_do_not_overflow(change, scale, device):

@@ -33,7 +33,8 @@ def test_every_form_has_a_line():
     every = forms(GROUPS)
     assert len(set(every)) == len(every) and {form.group for form in every} == set(GROUPS)
     for form in every:
-        assert form.blocks[0] == form.variant.rows and form.blocks[1] % form.variant.keys == 0
+        assert form.blocks[0] << form.variant.paired == form.variant.rows
+        assert form.blocks[1] % form.variant.keys == 0
         place = {"pattern": "local", "density": 0.25}
         row = (
             facts(form) | place | rates({"heads": 24, "tokens": 32768, "dim": 128}, 0.25, {"ms": 5})

@@ -40,7 +40,7 @@ def check(row: dict) -> None:
 
 def test_main_forms_compile():
     rows = compiled("--quick")
-    assert len(rows) == 3
+    assert len(rows) == 4
     for row in rows:
         check(row)
 
