@@ -23,8 +23,8 @@ PRECISIONS = ("int8_bf16", "int8_fp8")
 # Relative L2 error of what is not an outlier: 0.013 from rounding q and k, 0.026 from each of the
 # weights and v in e4m3.
 BARS = {"int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
-# One channel ten times as large takes three bits from all others.
-OUTLIER_BARS = {"int8_bf16": 7e-2, "int8_fp8": 8e-2}
+# One channel ten times as large; see test_quant_errors.py.
+OUTLIER_BARS = {"int8_bf16": 2e-2, "int8_fp8": 4.5e-2}
 GEOMETRIES = (
     "one ragged block", "query blocks of 64", "key blocks of 64", "more keys",
     "row without blocks", "rows with all blocks", "padded keys",
@@ -79,7 +79,7 @@ def test_error_bars(precision, data, dtype, device):
     error = error_of(out, exact)
     assert error <= (OUTLIER_BARS if outlier else BARS)[precision]
     cosine = cosine_similarity(out.double().flatten(), exact.flatten(), 0)
-    assert cosine >= (0.997 if outlier else 0.998)
+    assert cosine >= 0.998
     lse_bar = 0.02 * exact_lse.abs().max() if outlier else 0.05
     assert (lse - exact_lse).abs().max() <= lse_bar
     ours, ours_lse = attend("triton", q, k, v, mask, precision)
