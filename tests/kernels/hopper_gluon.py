@@ -126,6 +126,44 @@ class Buffer:
         return self.x.clone()
 
 
+def assembly(source, constraints, arguments, dtype, is_pure, pack):
+    """The few instructions of PTX that the kernel has; `pack` neighbours are the operands."""
+    outputs = constraints.count("=")
+    groups = arguments[0].as_subclass(torch.Tensor).unflatten(-1, (-1, pack))
+    names = {f"${outputs + i}": groups[..., i] for i in range(pack)}
+
+    def operand(word):
+        if word.startswith("0f"):
+            return torch.tensor(int(word[2:], 16)).int().view(torch.float32)
+        return names[word] if word in names else int(word)
+
+    for line in source.replace(";", "").splitlines():
+        name, *words = line.replace(",", " ").split() or ["{"]
+        if name[0] in "{}" or name == ".reg":
+            continue
+        x = [operand(word) for word in words[1:]]
+        result = {
+            "ex2": lambda x: x[0].exp2(),
+            "max": lambda x: torch.maximum(*x),
+            "add": lambda x: sum_of(*x),
+            "sub": lambda x: x[0] - x[1],
+            "fma": lambda x: (x[0].double() * x[1] + x[2]).float(),
+            "mov": lambda x: x[0],
+            "shl": lambda x: x[0].view(torch.int32) << x[1],
+        }[name.split(".")[0]](x)
+        names[words[0]] = result
+    results = [names[f"${i}"] for i in range(outputs)]
+    results = [x.view(torch.float32) if x.dtype == torch.int32 else x for x in results]
+    return value(torch.stack(results, -1).flatten(-2))
+
+
+def sum_of(a, b):
+    """The sum of two registers, of integers if one of them is one."""
+    if torch.int32 in (a.dtype, b.dtype):
+        return a.view(torch.int32) + b.view(torch.int32)
+    return a + b
+
+
 class Descriptor:
     """A TMA descriptor: zeros past the end, where nothing is written either."""
 
@@ -197,7 +235,7 @@ def _language(machine) -> SimpleNamespace:
         where=lambda c, a, b: value(torch.where(value(c), a, b)),
         maximum=pair(torch.maximum), minimum=pair(torch.minimum),
         max=torch.amax, min=torch.amin, sum=torch.sum, exp2=torch.exp2, log2=torch.log2,
-        inline_asm_elementwise=lambda source, form, x, *kind, **how: torch.exp2(x[0]),
+        inline_asm_elementwise=assembly,
         convert_layout=lambda x, layout: x, thread_barrier=lambda: None,
         warp_specialize=machine.specialize, allocate_shared_memory=machine.allocate,
         NVMMADistributedLayout=layout, SliceLayout=layout, DotOperandLayout=layout,

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from tests.kernels.cases import Case, make
+from tests.kernels.hopper_gluon import assembly
 from tests.kernels.hopper_machine import Machine, attend_here
 from tests.kernels.tolerance import assert_attention
 from vdit_sparse.kernels.block_mask import BlockMask
-from vdit_sparse.kernels.block_sparse.hopper import self_check
+from vdit_sparse.kernels.block_sparse.hopper import parts, self_check
 from vdit_sparse.kernels.block_sparse.hopper.launch import launch, launch_skipping
 from vdit_sparse.kernels.block_sparse.hopper.variants import Variant, variant_for
 from vdit_sparse.kernels.block_sparse.reference import forward as reference_forward
@@ -135,6 +136,18 @@ def test_pairs_match_float64(name, poisoned, monkeypatch):
     form = Variant(2, mask.block_k, 3, paired=True)
     result = launch(q, k, v, mask, 128**-0.5, kv_len, "bf16", form)
     assert_attention(result, q, k, v, mask, kv_len)
+
+
+def test_emulated_exponentials_are_exponentials():
+    x = torch.cat([torch.linspace(-130, 9, 4000), torch.tensor([0.0, -0.5, 0.5, -torch.inf])])
+    asm = (parts.THREE_OF_FOUR.value, "=&f,=&f,=&f,=&f,f,f,f,f")
+    # Every number in each of four places, of which the last is on the FMA units.
+    got = assembly(*asm, [x.repeat_interleave(4)], torch.float32, True, pack=4).unflatten(
+        0, (-1, 4)
+    )
+    exact = x.double().exp2()[:, None]
+    assert ((got - exact).abs() <= 1e-4 * exact + 2.0**-125).all()
+    assert (got[:, 3] != got[:, 0]).any()
 
 
 def broken(name: str, change):

@@ -179,7 +179,7 @@ def exp2_of(x, EMULATE: gl.constexpr):
     """2^x."""
     if EMULATE:
         p = gl.inline_asm_elementwise(
-            THREE_OF_FOUR, "=f,=f,=f,=f,f,f,f,f", [x], gl.float32, is_pure=True, pack=4
+            THREE_OF_FOUR, "=&f,=&f,=&f,=&f,f,f,f,f", [x], gl.float32, is_pure=True, pack=4
         )
     else:
         p = gl.exp2(x)
