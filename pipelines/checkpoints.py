@@ -33,7 +33,7 @@ class Checkpoint:
     size, frames, steps: (height, width) in pixels, frames and steps it is meant for; 1 frame is an
         image.
     encoders: parameters of its text and image encoders, 10^9.
-    presets: names of the family's presets that were published for it.
+    presets: names of the family's presets that are meant for it.
     """
 
     name: str = ""

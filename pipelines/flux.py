@@ -12,11 +12,12 @@ from vdit_sparse.pipelines.flux_attention import (
     flux_layers,
     flux_lead,
 )
-from vdit_sparse.pipelines.images import refuses_images
+from vdit_sparse.pipelines.images import FEW_STEPS, refuses_images
 
 PRESETS = {
     # The paper, FLUX.1-dev, 1024x1024, 30 steps. Needs a calibration.
     "paro-flux": PAROAttention(dense_steps=0),
+    "draft-flux-few-steps": FEW_STEPS,
 }
 
 FAMILY = Family(

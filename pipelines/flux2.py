@@ -15,7 +15,7 @@ from torch import Tensor
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
 from vdit_sparse.pipelines.families import Family, Parallel
 from vdit_sparse.pipelines.flux_attention import flux_grid, flux_joint, flux_layers, flux_lead
-from vdit_sparse.pipelines.images import refuses_images
+from vdit_sparse.pipelines.images import FEW_STEPS, refuses_images
 from vdit_sparse.pipelines.processor import SparseAttnProcessor
 
 Rotary = tuple[Tensor, Tensor] | None
@@ -80,6 +80,7 @@ FAMILY = Family(
     flux_grid,
     lead=flux_lead,
     refuses=refuses_images,
+    presets={"draft-flux2-few-steps": FEW_STEPS},
     parallel=Parallel(joint=True),
 )
 

@@ -5,7 +5,11 @@ from torch import Tensor
 
 from vdit_sparse.grid import Grid
 from vdit_sparse.method import SparseAttention
-from vdit_sparse.methods import RadialAttention
+from vdit_sparse.methods import DraftAttention, RadialAttention
+
+# For checkpoints of 4 to 9 steps without guidance. Ours, at a density that no source names and that
+# has not been measured: such runs are too short for a dense quarter, or for a search of places.
+FEW_STEPS = DraftAttention(density=0.5, dense_steps=1, last_dense_steps=1)
 
 
 def refuses_images(transformer: torch.nn.Module, method: SparseAttention) -> str | None:

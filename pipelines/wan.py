@@ -21,7 +21,7 @@ def _layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {f"blocks.{i}.attn1": block.attn1 for i, block in enumerate(transformer.blocks)}
 
 
-# Published settings, but for the last; 50 steps unless said otherwise.
+# Published settings, but for ours; 50 steps unless said otherwise.
 PRESETS = {
     # Radial Attention: scripts/ of mit-han-lab/radial-attention at 72788d4.
     # wan_t2v_inference.sh, 69 frames of 768x1280
@@ -32,6 +32,10 @@ PRESETS = {
     "radial-wan2.1-8step": RadialAttention(decay=0.2, dense_layers=1, dense_steps=2),
     # LightX2V LoRA, 4 steps, guidance 1
     "radial-wan2.1-4step": RadialAttention(decay=0.2, dense_layers=1, dense_steps=1),
+    # Ours: for LoRAs of 4 or 8 steps, guidance 1, with the last step dense as well
+    "radial-wan2.1-few-steps": RadialAttention(
+        decay=0.2, dense_layers=1, dense_steps=1, last_dense_steps=1
+    ),
     # wan_22_t2v_inference.sh, 77 frames of 768x1280, 40 steps
     "radial-wan2.2": RadialAttention(decay=0.8, dense_layers=1, dense_steps=11, block=64),
     # The paper, 75,600 tokens; it does without dense steps on CogVideoX1.5 alone. The file of a

@@ -14,7 +14,7 @@ from torch import Tensor
 from vdit_sparse.grid import Grid
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
 from vdit_sparse.pipelines.families import Arguments, Family
-from vdit_sparse.pipelines.images import refuses_images
+from vdit_sparse.pipelines.images import FEW_STEPS, refuses_images
 from vdit_sparse.pipelines.processor import SparseAttnProcessor
 from vdit_sparse.pipelines.projections import normalise, project
 
@@ -85,6 +85,7 @@ FAMILY = Family(
     _grid,
     timestep=_timestep,
     refuses=refuses_images,
+    presets={"draft-z-image-few-steps": FEW_STEPS},
 )
 
 

@@ -79,9 +79,13 @@ NOTES = """\
   off too, and `cache_dit.disable_cache` fails on our hook: remove the method first.
 - **Guiders**: the columns are the hooks that skip-layer and perturbed-attention guidance set. Most
   stock processors are not registered with diffusers, which then refuses to skip their scores; ours
-  are. In the tests the stock ones are registered too.
+  are. In the tests the stock ones are registered too. Whole runs with a guider are tested on
+  HunyuanVideo 1.5 and on Wan as a modular pipeline, which `apply` takes as well: every branch has a
+  state of its own, also where a guider leaves branches out of some steps
+  (`tests/pipelines/test_guiders.py`).
 - **4 and 8 steps** at guidance 1: `dense_steps=1, last_dense_steps=1` is dense in the first and the
-  last step, sparse in between.
+  last step, sparse in between. So are the presets called few-steps, of Wan 2.1 and of the families
+  with a checkpoint for few steps: FLUX.1, FLUX.2 and Z-Image.
 - A cache that skips a step's attention skips it for a dense and for a sparse method alike; a plan
   that is refreshed every few calls counts steps, and not calls.
 - torchao {torchao}, cache-dit {cache_dit}: tested where installed.

@@ -19,6 +19,7 @@ from tests.tiny_models.catalogue import TINY
 from tests.tiny_models.parts import Tiny
 from vdit_sparse import AdaSpaAttention, apply, remove, summary
 from vdit_sparse.pipelines.attach import denoisers_of
+from vdit_sparse.pipelines.checkpoints import checkpoints
 from vdit_sparse.pipelines.families import FAMILIES
 
 DENSE = AdaSpaAttention(dense_steps=10_000)
@@ -121,22 +122,52 @@ def close(one: torch.Tensor, other: torch.Tensor, feature) -> None:
     torch.testing.assert_close(one, other, atol=feature.tolerance, rtol=0)
 
 
+# Preset -> tiny model of its family.
+FEW_STEP_PRESETS = {
+    "draft-flux-few-steps": "flux",
+    "draft-flux2-few-steps": "flux2-klein",
+    "draft-z-image-few-steps": "z-image",
+    "radial-wan2.1-few-steps": "wan",
+}
 FEW = [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in ROWS]
 
 
 @pytest.mark.parametrize("steps", [4, 8])
 @pytest.mark.parametrize("entry", FEW)
 def test_few_steps_without_guidance_have_dense_ends(entry, steps):
+    check_dense_ends(entry, AdaSpaAttention(block=64, dense_steps=1, last_dense_steps=1), steps)
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+@pytest.mark.parametrize("preset", FEW_STEP_PRESETS)
+def test_presets_for_few_steps_have_dense_ends(preset, steps):
+    check_dense_ends(FEW_STEP_PRESETS[preset], preset, steps)
+
+
+def check_dense_ends(entry: str, method, steps: int) -> None:
     tiny = TINY[entry]()
     scales = ("guidance_scale", "true_cfg_scale")
-    changes = {name: 1.0 for name in scales if name in tiny.call}
-    apply(tiny.pipe, AdaSpaAttention(block=64, dense_steps=1, last_dense_steps=1))
+    changes = {name: 1.0 for name in scales if name in tiny.pipe.stock_signature.parameters}
+    apply(tiny.pipe, method)
     out = run(tiny, steps, **changes)
     done = summary(tiny.pipe)
     assert out.isfinite().all()
-    dense = {entry.step for entry in done.entries if entry.dense}
+    if not hasattr(tiny.pipe, "guider"):
+        assert len({entry.branch for entry in done.entries}) == 1
+    # A preset may leave layers dense in every step.
     sparse = {entry.step for entry in done.entries if not entry.dense}
-    assert dense == {0, steps - 1} and sparse == set(range(1, steps - 1))
+    assert sparse == set(range(1, steps - 1))
+    layers = {entry.layer for entry in done.entries if not entry.dense}
+    assert {entry.step for entry in done.entries if entry.dense and entry.layer in layers} == {
+        0,
+        steps - 1,
+    }
+
+
+def test_every_checkpoint_for_few_steps_has_a_preset():
+    few = {name for one in checkpoints() if one.steps < 10 for name in one.presets}
+    assert all(one.presets for one in checkpoints() if one.steps < 10)
+    assert few | {"radial-wan2.1-few-steps"} == FEW_STEP_PRESETS.keys()
 
 
 def test_every_family_has_a_row():
