@@ -21,7 +21,7 @@ from vdit_sparse.eval.baseline import Baseline, find_baseline, set_backend
 from vdit_sparse.eval.denoise import execution_device, makes_images, run, warm_up
 from vdit_sparse.eval.measure import Chosen, Measure, choose
 from vdit_sparse.eval.run import Evaluation, Sample, Trial
-from vdit_sparse.eval.store import PROTOCOL, Store, read_protocol
+from vdit_sparse.eval.store import PROTOCOL, Made, Store, read_protocol
 from vdit_sparse.eval.suite import IMAGE, Prompt
 
 # What a row keeps of a `Clip`.
@@ -107,7 +107,7 @@ class Worker:
             return found
         return Baseline(read_protocol(self.request.out)["baseline"]["backend"], {}, {})
 
-    def _make(self, prompt: Prompt, seed: int, trial: Trial) -> tuple[Tensor, dict]:
+    def _make(self, prompt: Prompt, seed: int, trial: Trial) -> Made:
         inputs = {**self._inputs(prompt), "seed": seed}
         if trial.label not in self.warm:
             calibrated = isinstance(trial.method, CalibratedAttention)
@@ -116,7 +116,7 @@ class Worker:
             self.warm[trial.label] = warm_up(self.pipe, trial.method, {**inputs, **small})
         clip = run(self.pipe, trial.method, inputs, self._on_step)
         facts = {name: getattr(clip, name) for name in FACTS}
-        return clip.frames, {**facts, "warmup_steps": self.warm[trial.label]}
+        return Made(clip.frames, {**facts, "warmup_steps": self.warm[trial.label]}, clip.latents)
 
     def _inputs(self, prompt: Prompt) -> dict:
         """The call's arguments for a prompt, whose text is encoded once for all methods and, while

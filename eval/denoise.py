@@ -28,6 +28,8 @@ class Clip:
     """What one run gave.
 
     frames: uint8 `[T, 3, H, W]`, on the CPU, as they came from the decoder, before any codec.
+    latents: fp32, on the CPU, what the last step left, as the pipeline has it (`[C, T, H, W]`, or
+        packed into tokens); None where it does not hand them out after each step.
     denoise_seconds: from the first call of the transformer to the end of the last step.
     decode_seconds: the rest; None where the pipeline does not say when its last step ended.
     density: mean share of key blocks over all self-attention calls; sparse_density: over the sparse
@@ -43,6 +45,7 @@ class Clip:
     sparse_density: float | None = None
     attention_calls: int | None = None
     error: float | None = None
+    latents: Tensor | None = None
     backend: str | None = None
     reasons: dict[str, str | None] = field(default_factory=dict)
 
@@ -79,6 +82,7 @@ def run(
     frames, clock = timed_call(pipe, inputs, on_step)
     return Clip(
         frames=frames[0],
+        latents=None if clock.latents is None else clock.latents[0].float().cpu(),
         denoise_seconds=clock.denoise_seconds,
         decode_seconds=clock.decode_seconds,
         peak_memory_bytes=_peak(device),
@@ -120,9 +124,11 @@ def execution_device(pipe) -> torch.device:
 
 
 class _Clock:
-    """When a call began, when its transformer was first called, when a step last ended."""
+    """When a call began, when its transformer was first called, when a step last ended, and the
+    latents that it left."""
 
     def __init__(self):
+        self.latents = None
         self.called = time.perf_counter()
         self.began = self.stepped = self.ended = None
 
@@ -148,6 +154,7 @@ def timed_call(pipe, inputs: dict, on_step: OnStep) -> tuple[Tensor, "_Clock"]:
         if step + 1 == total:
             _wait(device)
         clock.stepped = time.perf_counter()
+        clock.latents = tensors.get("latents")
         on_step(step + 1, total)
         return tensors
 

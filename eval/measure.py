@@ -11,10 +11,11 @@ from torch import Tensor
 from vdit_sparse.eval.adherence import adherence, checked
 from vdit_sparse.eval.judge import Judge, load_judge
 from vdit_sparse.eval.metrics import METRICS, Unavailable
+from vdit_sparse.eval.store import Made
 from vdit_sparse.eval.suite import IMAGE, Prompt, Suite
 
 # What a sample has for a metric to take.
-_GIVEN = {"video", "reference", "prompt", "spec"}
+_GIVEN = {"video", "reference", "prompt", "spec", "latents", "reference_latents"}
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,16 @@ class Measure:
     chosen: Chosen
     device: torch.device
 
-    def __call__(self, frames: Tensor, reference: Tensor | None, prompt: Prompt) -> dict:
+    def __call__(self, made: Made, reference: Made | None, prompt: Prompt) -> dict:
         """The parts of a row:
 
         metrics: name -> value; those that compare are not there for the dense run.
         unmeasured: name -> why this clip has no such value.
         adherence: row of `eval.adherence` -> [right, asked], where anything was asked.
         """
-        given = {"video": frames.to(self.device), "prompt": prompt.text, "spec": prompt.shows}
+        given = {"prompt": prompt.text, "spec": prompt.shows, **self._tensors(made, "video", "")}
         if reference is not None:
-            given["reference"] = reference.to(self.device)
+            given |= self._tensors(reference, "reference", "reference_")
         values, unmeasured = {}, {}
         for name in self.chosen.names:
             metric = METRICS[name]
@@ -82,8 +83,17 @@ class Measure:
         return {
             "metrics": values,
             "unmeasured": unmeasured,
-            "adherence": self._adherence(frames, prompt),
+            "adherence": self._adherence(made.frames, prompt),
         }
+
+    def _tensors(self, made: Made, name: str, before: str) -> dict[str, Tensor]:
+        found = {name: made.frames.to(self.device)}
+        if made.latents is not None:
+            latents = made.latents.to(self.device)
+            # Packed tokens [tokens, C] are one frame of one row.
+            latents = latents if latents.ndim == 4 else latents.flatten(0, -2).T[:, None, None]
+            found[f"{before}latents"] = latents
+        return found
 
     def _adherence(self, frames: Tensor, prompt: Prompt) -> dict:
         if prompt.shows is None:

@@ -95,15 +95,15 @@ def page(findings: Findings, shown: Mapping[str, Sequence[Shown]]) -> str:
 
 
 def _title(findings: Findings) -> str:
-    suite, model = findings.protocol["suite"], findings.protocol["model"]
-    return f"{model['name']} on {suite['name']}"
+    suite, model = findings.protocol["suite"]["name"], findings.protocol["model"]["name"]
+    return f"{'The bundled model' if model == 'bundled' else model} on {suite}"
 
 
 def _facts(findings: Findings) -> str:
     settings, machine = findings.protocol["settings"], findings.protocol["machine"]
     versions = findings.protocol["versions"]
     prompts = len({row["prompt"] for row in findings.lines[0].rows})
-    place = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    place = machine.get("gpu") or f"{machine['processor']}, threads: {machine['threads']}"
     frames, _, height, width = findings.lines[0].rows[0]["frames"]
     length = "images" if findings.protocol["suite"]["media"] == IMAGE else f"{frames} frames"
     guidance = settings.get("guidance_scale")

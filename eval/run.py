@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vdit_sparse.eval.files import sample_name, stems
-from vdit_sparse.eval.store import Store, content_hash, digest, read_rows
+from vdit_sparse.eval.store import Made, Store, content_hash, digest, read_rows
 from vdit_sparse.eval.suite import IMAGE, Prompt, Suite
 
 SCHEMA = 1
@@ -50,10 +50,9 @@ class Sample:
     seed: int
 
 
-# (frames uint8 [T, 3, H, W] on the CPU, what the run said as plain data)
-Make = Callable[[Prompt, int, Trial], tuple[Tensor, dict]]
-# (frames, those of dense attention or None, prompt) -> names of the row and their values
-Measure = Callable[[Tensor, Tensor | None, Prompt], dict]
+Make = Callable[[Prompt, int, Trial], Made]
+# (what was made, that of dense attention or None, prompt) -> names of the row and their values
+Measure = Callable[[Made, Made | None, Prompt], dict]
 
 
 def samples_of(suite: Suite, seeds: Sequence[int]) -> list[Sample]:
@@ -128,10 +127,10 @@ class Evaluation:
         own = [prompt.text, prompt.negative, sample.seed, trial.name, dict(trial.settings)]
         return content_hash([SCHEMA, self._protocol, own])
 
-    def _try(self, sample: Sample, trial: Trial, reference: Tensor | None) -> Tensor | None:
-        """The frames, or None for a failure, which is written down."""
+    def _try(self, sample: Sample, trial: Trial, reference: Made | None) -> Made | None:
+        """What was made, or None for a failure, which is written down."""
         try:
-            frames = self._one(sample, trial, reference)
+            made = self._one(sample, trial, reference)
         except Exception as error:
             self._stop_at_a_full_disk(error)
             said = " ".join(f"{type(error).__name__}: {error}".split())
@@ -143,42 +142,40 @@ class Evaluation:
                 ) from error
             return None
         self._failed_in_a_row = 0
-        return frames
+        return made
 
-    def _one(self, sample: Sample, trial: Trial, reference: Tensor | None) -> Tensor:
+    def _one(self, sample: Sample, trial: Trial, reference: Made | None) -> Made:
         key = self.key(sample, trial)
-        kept = self.store.kept(key)
-        if kept is None:
+        made = self.store.kept(key)
+        if made is None:
             # A dense run that has its row is made again for its frames: another method came later.
-            frames, facts = self.make(sample.prompt, sample.seed, trial)
-            self.store.keep(key, frames, facts)
+            made = self.make(sample.prompt, sample.seed, trial)
+            self.store.keep(key, made)
             self.tell(sample, trial, "made")
-        else:
-            frames, facts = kept
         if key not in self.rows:
             file = self._file(sample, trial)
             path = self.store.folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.write(path, frames)
-            row = self._row(sample, trial, frames, facts, reference)
+            self.write(path, made.frames)
+            row = self._row(sample, trial, made, reference)
             self.store.append({**row, "file": file})
             self.rows[key] = row
             self.tell(sample, trial, "row")
         if reference is not None and not self.keep_frames:
             self.store.forget(key)
-        return frames
+        return made
 
     def _file(self, sample: Sample, trial: Trial) -> str:
         suffix = ".png" if self.suite.media == IMAGE else ".mp4"
         (folder,) = stems([trial.label.replace(" ", "-")])
         return f"videos/{folder}/{sample_name(sample.stem, sample.seed, suffix)}"
 
-    def _row(self, sample, trial, frames: Tensor, facts: dict, reference: Tensor | None) -> dict:
+    def _row(self, sample: Sample, trial: Trial, made: Made, reference: Made | None) -> dict:
         compared = {}
         if reference is not None:
             dense = self.rows[self.key(sample, self.trials[0])]
-            ratio = dense["denoise_seconds"] / facts["denoise_seconds"]
-            compared = {"speedup": ratio, "reference_sha256": _sha256(reference)}
+            ratio = dense["denoise_seconds"] / made.facts["denoise_seconds"]
+            compared = {"speedup": ratio, "reference_sha256": _sha256(reference.frames)}
         return {
             "schema": SCHEMA,
             "key": self.key(sample, trial),
@@ -192,12 +189,12 @@ class Evaluation:
             "prompt": sample.prompt.text,
             "negative_prompt": sample.prompt.negative,
             "seed": sample.seed,
-            "frames": list(frames.shape),
-            **facts,
-            "frames_sha256": _sha256(frames),
+            "frames": list(made.frames.shape),
+            **made.facts,
+            "frames_sha256": _sha256(made.frames),
             "speedup": None,
             **compared,
-            **self.measure(frames, reference, sample.prompt),
+            **self.measure(made, reference, sample.prompt),
             **self._written(),
         }
 

@@ -4,7 +4,7 @@
     DIR/rows/<worker>.jsonl       a row a finished sample
     DIR/failures/<worker>.jsonl   a row a failed attempt
     DIR/videos/<method>/          {prompt}-{seed}.mp4, or .png
-    DIR/frames/<key>.npz          frames that are not measured yet, and what their run said
+    DIR/frames/<key>.npz          frames and latents not measured yet, and what their run said
 
 A process that is killed at any instant leaves nothing that is wrong: files are renamed to their
 names when they are whole, and of rows.jsonl a last line without its end does not count.
@@ -16,6 +16,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,16 @@ _TOLD_ONLY = ("baseline.seconds", "baseline.reasons", "left_out")
 
 class StoreError(ValueError):
     """A folder that cannot be used or continued; one line says why and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What the run of a sample gave: frames uint8 `[T, 3, H, W]` and final latents fp32, on the CPU
+    (None where the pipeline hands none out), and what the run said, as plain data."""
+
+    frames: Tensor
+    facts: dict
+    latents: Tensor | None = None
 
 
 class Store:
@@ -81,16 +92,19 @@ class Store:
         """Adds a failed attempt."""
         self._failures.append(row)
 
-    def keep(self, key: str, frames: Tensor, facts: Mapping) -> None:
-        """Keeps frames uint8 `[T, C, H, W]` without loss, and what their run said (as JSON)."""
+    def keep(self, key: str, made: Made) -> None:
+        """Keeps frames and latents without loss, and what their run said (as JSON)."""
+        arrays = {} if made.latents is None else {"latents": made.latents.numpy()}
         with new_file(self._frames(key)) as temporary, temporary.open("wb") as out:
-            np.savez(out, frames=frames.numpy(), facts=json.dumps(facts))
+            np.savez(out, frames=made.frames.numpy(), facts=json.dumps(made.facts), **arrays)
 
-    def kept(self, key: str) -> tuple[Tensor, dict] | None:
+    def kept(self, key: str) -> Made | None:
         """What `keep` was given; None if it is not there, or if the disk has lost a part of it."""
         try:
             with np.load(self._frames(key), allow_pickle=False) as content:
-                return torch.from_numpy(content["frames"]), json.loads(str(content["facts"]))
+                latents = torch.from_numpy(content["latents"]) if "latents" in content else None
+                frames = torch.from_numpy(content["frames"])
+                return Made(frames, json.loads(str(content["facts"])), latents)
         except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError):
             return None
 

@@ -24,7 +24,7 @@ from vdit_sparse.eval.store import digest, read_protocol, read_rows
 SMALL = ["--size", "96x96", "--num-frames", 5, "--steps", 2, "--device", "cpu", "--dtype", "fp32"]
 # 2 x 6 x 6 tokens are two blocks, of which each row keeps one.
 DRAFT = "draft:block=64,density=0.25,dense_steps=1"
-METRICS = ["--metrics", "psnr,ssim,temporal_flickering"]
+METRICS = ["--metrics", "psnr,ssim,latent_error,temporal_flickering"]
 
 
 @pytest.fixture
@@ -64,10 +64,11 @@ def test_from_prompts_to_a_report(cli, words, tmp_path):
     assert {row["density"] for row in dense} == {1.0} and "psnr" not in dense[0]["metrics"]
     for row in draft:
         assert 10 < row["metrics"]["psnr"] < 100 and row["speedup"] > 0
+        assert 0 < row["metrics"]["latent_error"] < 1
         assert row["method"]["settings"]["dense_steps"] == 1
     protocol = read_protocol(out)
     assert protocol["baseline"]["backend"] == "native"
-    assert protocol["metrics"] == ["psnr", "ssim", "temporal_flickering"]
+    assert protocol["metrics"] == ["psnr", "ssim", "latent_error", "temporal_flickering"]
     assert not list((out / "frames").iterdir())
 
     before = (out / "rows" / "main.jsonl").read_bytes()
@@ -193,7 +194,7 @@ def test_a_model_of_images(cli, tiny_flux, prompts, tmp_path):
     suite.write_text('media = "image"\nprompts = ["a cat", "a dog"]')
     words = ["eval", "run", "--model", tiny_flux, "--method", "draft:block=64,density=0.25"]
     words += ["--size", "32x48", "--steps", 2, "--device", "cpu", "--dtype", "fp32", "--out", out]
-    result = cli(*words, "--suite", suite, "--metrics", "psnr,ssim,sharpness")
+    result = cli(*words, "--suite", suite, "--metrics", "psnr,ssim,sharpness,latent_error")
     assert result.exit_code == 0, result.output
     rows = read_rows(out)
     assert len(rows) == 4
@@ -206,6 +207,7 @@ def test_a_model_of_images(cli, tiny_flux, prompts, tmp_path):
     # Both models hear the text, and the method drops some of it.
     assert len({row["frames_sha256"] for row in rows}) == 4
     assert all(row["density"] < 1 and 10 < row["metrics"]["psnr"] < 100 for row in sparse)
+    assert all(0 < row["metrics"]["latent_error"] < 1 for row in sparse)
     result = cli("eval", "report", out)
     assert result.exit_code == 0, result.output
     page = (out / "report" / "report.html").read_text()

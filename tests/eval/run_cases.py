@@ -18,7 +18,7 @@ import torch
 from vdit_sparse.eval.files import new_file
 from vdit_sparse.eval.metrics import METRICS
 from vdit_sparse.eval.run import Evaluation, Trial, samples_of
-from vdit_sparse.eval.store import Store
+from vdit_sparse.eval.store import Made, Store
 from vdit_sparse.eval.suite import Prompt, Suite
 
 SUITE = Suite("toy", tuple(Prompt(text) for text in ("a cat", "A cat", "a dog, 'running'", "x/y")))
@@ -37,13 +37,18 @@ def make(prompt, seed, trial):
     number = zlib.crc32(f"{prompt.text} {seed} {trial.name}".encode())
     frames = torch.randint(0, 255, SHAPE, generator=torch.Generator().manual_seed(number))
     seconds = 2.0 if trial.name == "dense" else 1.0
-    return frames.to(torch.uint8), {"density": 0.5, "denoise_seconds": seconds}
+    facts = {"density": 0.5, "denoise_seconds": seconds}
+    return Made(frames.to(torch.uint8), facts, frames[:, :, :4, :4].float())
 
 
-def measure(frames, reference, prompt):
-    return {
-        "metrics": {"psnr": METRICS["psnr"](frames, reference)} if reference is not None else {}
+def measure(made, reference, prompt):
+    if reference is None:
+        return {"metrics": {}}
+    pairs = {
+        "psnr": (made.frames, reference.frames),
+        "latent_error": (made.latents, reference.latents),
     }
+    return {"metrics": {name: METRICS[name](*pair) for name, pair in pairs.items()}}
 
 
 def write(path, frames):

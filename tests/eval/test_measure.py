@@ -6,6 +6,7 @@ import torch
 from vdit_sparse.eval.judge import FOLDER
 from vdit_sparse.eval.measure import Chosen, Measure, choose
 from vdit_sparse.eval.metrics import METRICS, psnr, ssim
+from vdit_sparse.eval.store import Made
 from vdit_sparse.eval.suite import IMAGE, Prompt, Suite, read_suite
 
 PLAIN = Suite("plain", (Prompt("a cat"),))
@@ -18,7 +19,7 @@ def test_all_that_can_run_is_chosen_and_the_rest_has_a_reason():
     assert set(chosen.names) | set(chosen.left_out) == set(METRICS)
     for name in chosen.names:
         assert METRICS[name].unavailable() is None
-    assert "are not kept" in chosen.left_out["latent_error"] and chosen.judge is None
+    assert "latent_error" in chosen.names and chosen.judge is None
     assert "does not say what its prompts show" in chosen.left_out["adherence"]
 
 
@@ -26,8 +27,8 @@ def test_names_choose_and_are_checked():
     assert choose(["ssim", "psnr"], PLAIN) == Chosen(("ssim", "psnr"), {})
     with pytest.raises(ValueError, match="There is no metric 'pnsr'; there are: psnr, ssim"):
         choose(["pnsr"], PLAIN)
-    with pytest.raises(ValueError, match="latent_error cannot be measured: .*are not kept"):
-        choose(["latent_error"], PLAIN)
+    with pytest.raises(ValueError, match="adherence cannot be measured: the suite plain does not"):
+        choose(["adherence"], PLAIN)
 
 
 def test_an_image_has_no_metric_of_time():
@@ -59,17 +60,29 @@ def test_a_metric_says_how_many_frames_it_needs(name):
 def test_a_clip_has_its_figures(device):
     measure = Measure(Chosen(("psnr", "ssim", "temporal_flickering"), {}), device)
     other = (CLIP // 2).contiguous()
-    row = measure(other, CLIP, PLAIN.prompts[0])
+    row = measure(Made(other, {}), Made(CLIP, {}), PLAIN.prompts[0])
     assert row["metrics"]["psnr"] == pytest.approx(psnr(other, CLIP))
     assert row["metrics"]["ssim"] == pytest.approx(ssim(other, CLIP))
     assert row["unmeasured"] == {} == row["adherence"]
-    alone = measure(other, None, PLAIN.prompts[0])
+    alone = measure(Made(other, {}), None, PLAIN.prompts[0])
     assert set(alone["metrics"]) == {"temporal_flickering"}
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3, 5), (4, 3, 5), (15, 4)])
+def test_latents_are_compared_as_the_pipeline_has_them(shape):
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    measure = Measure(Chosen(("latent_error",), {}), torch.device("cpu"))
+    dense, other = Made(CLIP, {}, latents), Made(CLIP, {}, 1.25 * latents)
+    found = measure(other, dense, PLAIN.prompts[0])
+    assert found["metrics"]["latent_error"] == pytest.approx(0.25, abs=1e-6)
+    # A pipeline that hands none out has no such value.
+    assert measure(Made(CLIP, {}), dense, PLAIN.prompts[0])["metrics"] == {}
 
 
 def test_what_cannot_be_measured_says_why():
     measure = Measure(Chosen(("psnr", "ssim"), {}), torch.device("cpu"))
-    row = measure(CLIP[..., :8, :8], CLIP[..., :8, :8], PLAIN.prompts[0])
+    small = Made(CLIP[..., :8, :8], {})
+    row = measure(small, small, PLAIN.prompts[0])
     assert row["metrics"] == {"psnr": 100.0}
     assert "at least 11 x 11 pixels" in row["unmeasured"]["ssim"]
 
@@ -82,7 +95,9 @@ def test_a_value_that_is_no_number_is_none(monkeypatch):
             return float("nan")
 
     monkeypatch.setitem(METRICS, "broken", Broken())
-    row = Measure(Chosen(("broken",), {}), torch.device("cpu"))(CLIP, None, PLAIN.prompts[0])
+    row = Measure(Chosen(("broken",), {}), torch.device("cpu"))(
+        Made(CLIP, {}), None, PLAIN.prompts[0]
+    )
     assert row["metrics"] == {} and row["unmeasured"] == {"broken": "the value is nan"}
 
 
@@ -101,5 +116,5 @@ def test_adherence_is_counted_where_the_suite_says_what_is_shown():
         and each.shows.items[0].motion in ("left", "right", "up", "down")
         and each.shows.items[0].colour
     )
-    found = checks(still, None, prompt)["adherence"]
+    found = checks(Made(still, {}), None, prompt)["adherence"]
     assert found == {"direction by centroid": [0, 1], "colour by hue": [0, 1]}

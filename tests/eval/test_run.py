@@ -14,7 +14,7 @@ import torch
 from tests.eval import run_cases
 from tests.eval.run_cases import PROTOCOL, SEEDS, SUITE, TRIALS, all_samples, evaluation
 from vdit_sparse.eval.run import Stopped, Trial, shard
-from vdit_sparse.eval.store import Store, StoreError, differences, digest, read_rows
+from vdit_sparse.eval.store import Made, Store, StoreError, differences, digest, read_rows
 
 ROOT = Path(__file__).parents[2]
 TOTAL = len(SUITE.prompts) * len(SEEDS) * len(TRIALS)
@@ -140,14 +140,16 @@ def test_frames_stay_if_asked_and_without_loss(tmp_path):
     running = run(tmp_path, keep_frames=True)
     assert len(files(tmp_path, "frames")) == TOTAL
     sample = all_samples()[0]
-    frames, facts = running.store.kept(running.key(sample, TRIALS[1]))
-    expected, said = run_cases.make(sample.prompt, sample.seed, TRIALS[1])
-    assert torch.equal(frames, expected) and facts == said
+    found = running.store.kept(running.key(sample, TRIALS[1]))
+    expected = run_cases.make(sample.prompt, sample.seed, TRIALS[1])
+    assert torch.equal(found.frames, expected.frames) and found.facts == expected.facts
+    assert torch.equal(found.latents, expected.latents)
 
 
 def test_frames_that_the_disk_lost_are_made_again(tmp_path):
     store = Store(tmp_path)
-    store.keep("x", torch.zeros(2, 3, 4, 4, dtype=torch.uint8), {})
+    store.keep("x", Made(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), {}))
+    assert store.kept("x").latents is None
     file = tmp_path / "frames" / "x.npz"
     for content in (file.read_bytes()[:-30], file.read_bytes()[:100], b""):
         file.write_bytes(content)
