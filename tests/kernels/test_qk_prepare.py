@@ -21,14 +21,11 @@ from vdit_sparse.kernels.qk_prepare import (
 )
 from vdit_sparse.kernels.reorder import inverse, reorder
 
+pytest_plugins = ["tests.kernels.bfloat16"]
+pytestmark = pytest.mark.usefixtures("bfloat16")
 EPS = 1e-6
 TOKENS = ("wan", "hunyuan", "text", "merge", "norms")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def skip_truncation(backend, dtype, device):
-    if backend == "triton" and dtype == torch.bfloat16 and device.type == "cpu":
-        pytest.skip("Triton's interpreter rounds to bfloat16 towards zero")
 
 
 def tables(tokens: int, D: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +67,6 @@ def assert_close(out, exact, dtype, units: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("H, D", [(3, 16), (1, 6), (5, 64)])
 def test_against_float64(H, D, dtype, across, backend, device):
-    skip_truncation(backend, dtype, device)
     x = torch.randn(2, 5, H, D, device=device, dtype=dtype) * 3
     weight = torch.randn(H * D if across else D, device=device, dtype=dtype)
     rotary = tables(4, D, device)
@@ -153,7 +149,6 @@ def wan_rotary(device, D: int, grid: tuple[int, int, int]):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
 def test_as_diffusers_wan(fused, dtype, backend, device, monkeypatch):
-    skip_truncation(backend, dtype, device)
     H, D = 3, 48
     attn = transformer_wan.WanAttention(H * D, H, D, eps=EPS).to(device, dtype)
     torch.nn.init.normal_(attn.norm_q.weight)
@@ -196,7 +191,6 @@ def hunyuan_attention(H: int, D: int, two_streams: bool, device, dtype) -> Atten
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("two_streams", [True, False], ids=["two streams", "single"])
 def test_as_diffusers_hunyuan(two_streams, dtype, backend, device, monkeypatch):
-    skip_truncation(backend, dtype, device)
     H, D, image, text = 2, 16, 8, 3
     attn = hunyuan_attention(H, D, two_streams, device, dtype)
     rope = transformer_hunyuan_video.HunyuanVideoRotaryPosEmbed(1, 1, [4, 6, 6])

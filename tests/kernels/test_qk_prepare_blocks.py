@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from tests.kernels.test_qk_prepare import EPS, skip_truncation, tables
+from tests.kernels.test_qk_prepare import EPS, tables
 from vdit_sparse.kernels.pool import pool_blocks
 from vdit_sparse.kernels.qk_prepare import prepare
 from vdit_sparse.kernels.qk_prepare.blocks import BACKENDS, prepare_blocks
 from vdit_sparse.kernels.reorder import reorder
 
+pytest_plugins = ["tests.kernels.bfloat16"]
+pytestmark = pytest.mark.usefixtures("bfloat16")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 S, H, D = 70, 2, 16
 
@@ -40,7 +42,6 @@ def ordered(rows, order):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["none", "shared", "per head"])
 def test_rows_and_means(kind, dtype, across, backend, device):
-    skip_truncation(backend, dtype, device)
     q, _, weights, rotary = inputs(device, dtype, across)
     order, given = order_of(kind, device), {"eps": EPS, "round_first": not across}
     rows, means = prepare_blocks(
