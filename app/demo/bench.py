@@ -51,6 +51,7 @@ def parse(form: dict, studio: Studio) -> tuple[str, object]:
     shared = {"device": studio.device, "dtype": None}
     if what == "kernels":
         own = {"shape": None, "kernel": None, "pattern": None, "density": [density], "block": 64}
+        own |= {"seconds": None}
         request = parse_kernels({**shared, **own, "method": methods or ["none"]})
         shape = {**SHAPES, **MINI}[form["of"]]
         return what, bench_kernels.KernelBench(**{
@@ -79,7 +80,8 @@ class BenchWork:
         say("looking at the machine")
         checks = [asdict(check) for check in examine() if check.section in SECTIONS]
         if self.what == "kernels":
-            rows = [row for rows in bench_kernels.measure(self.request, say) for row in rows]
+            measured = bench_kernels.measure(self.request, say, lambda row: None)
+            rows = [row for rows in measured for row in rows]
             facts = facts_of(self.request.device, self.request.dtype)
         else:
             rows = bench_model.as_data(bench_model.measure(self.request, say))
