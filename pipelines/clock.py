@@ -15,13 +15,15 @@ class Schedule(NamedTuple):
 
     timesteps: of the run, a new tensor for each run; index: place in it of the step in progress,
     None before the first step and where the scheduler does not count; first: the step that the run
-    begins with, more than 0 where a pipeline skips some (image to image); guidance: what a modular
+    begins with, more than 0 where a pipeline skips some (image to image); steps: how many the run
+    makes, None for as many as there are timesteps from the first on; guidance: what a modular
     pipeline's guider is doing in the step in progress, by expert.
     """
 
     timesteps: Tensor | None = None
     index: int | None = None
     first: int = 0
+    steps: int | None = None
     guidance: Mapping[str, str] | None = None
 
 
@@ -60,11 +62,13 @@ class Clock:
         self._ended = True
 
     def check(self, grid: Grid) -> None:
-        """Before a model call: another size of the video (guidance branches may differ in text),
-        another schedule, or a call that never came back, ends the run."""
+        """Before a model call: another schedule, or a call that never came back, ends the run. So
+        does another size of the video (guidance branches may differ in text) without a schedule;
+        with one, a step may call the model for tiles of several sizes."""
         schedule, former = self.schedule_of(), self._schedule
         known = self.grid and replace(self.grid, text=grid.text)
-        if self._in_call or grid != known or schedule.timesteps is not former.timesteps:
+        resized = schedule.timesteps is None and grid != known
+        if self._in_call or resized or schedule.timesteps is not former.timesteps:
             self.end()
         self._schedule = schedule
         self.grid = grid
@@ -81,12 +85,14 @@ class Clock:
             self._count(timestep, (expert, context.name) if context else None)
         self._in_call = True
         known = context.num_inference_steps if context is not None else None
-        timesteps = self._schedule.timesteps
-        left = None if timesteps is None else len(timesteps) - self._schedule.first
-        self.steps = known or left
+        self.steps = known or self._steps()
         branch = context.name if context is not None else self._number(expert)
         self._seen.add((expert, branch))
         return branch
+
+    def _steps(self) -> int | None:
+        timesteps, _, first, steps, _ = self._schedule
+        return steps if steps or timesteps is None else len(timesteps) - first
 
     def _number(self, expert: str) -> str:
         number, all_calls = len(self._seen), (self._schedule.guidance or {}).get(expert)

@@ -93,6 +93,8 @@ class Family:
     lead: (transformer, arguments) -> how many of the text tokens stand before the video in the
         sequence that processors see; None where all stand after it.
     timestep: arguments -> a tensor whose largest value falls from step to step.
+    steps: pipeline -> how many steps the run in progress makes, where these are not the scheduler's
+        timesteps; None where they are.
     refuses: (transformer, method) -> why the method cannot run on it, or None.
     presets: settings published for, or measured on, this family's checkpoints.
     parallel: how its tokens are split over GPUs; None where they cannot be.
@@ -103,6 +105,7 @@ class Family:
     grid: Callable[[torch.nn.Module, Arguments], Grid]
     lead: Callable[[torch.nn.Module, Arguments], int] | None = None
     timestep: Callable[[Arguments], Tensor] = _timestep
+    steps: Callable[[object], int | None] | None = None
     refuses: Callable[[torch.nn.Module, SparseAttention], str | None] | None = None
     presets: Mapping[str, SparseAttention] = field(default_factory=dict)
     parallel: Parallel | None = None

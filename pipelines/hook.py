@@ -75,7 +75,7 @@ class Run(ModelHook):
         self.backend: tuple[str, dict[str, str | None]] | None = None
         self.calibration: str | None = None
         self._place: Place | None = None
-        self._memory: dict[tuple[str, int, int], dict] = {}
+        self._memory: dict[tuple[str, int, int, Grid], dict] = {}
         self.clock_run = 0
 
     def use(
@@ -230,7 +230,8 @@ class Run(ModelHook):
     def _call(self, layer: int, sequence: VideoFirst, rows: int, heads: Heads) -> Call:
         _, _, branch, step, steps = self._place[:5]
         # Guidance within the batch may end before the run: what was kept has rows too many then.
-        memory = self._memory.setdefault((branch, layer, rows), {})
+        # Tiles of several sizes have a state each.
+        memory = self._memory.setdefault((branch, layer, rows, sequence.grid), {})
         place = (sequence.grid, layer, len(self.processors), step, steps)
         note = Note(watch=self.watch)
         return Call(*place, memory, self.origin, note, sequence.kv_len, heads)

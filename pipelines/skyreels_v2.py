@@ -59,6 +59,11 @@ def _timestep(arguments: Arguments) -> Tensor:
     return 1000 * timestep.max() + timestep.mean()
 
 
+def _steps(pipe: diffusers.DiffusionPipeline) -> int | None:
+    """Where frames lag behind each other (`ar_step`), more steps than timesteps."""
+    return getattr(pipe, "num_timesteps", None)
+
+
 def _refuses(transformer: torch.nn.Module, method: SparseAttention) -> str | None:
     return CAUSAL if transformer.config.num_frame_per_block > 1 else None
 
@@ -68,6 +73,7 @@ FAMILY = Family(
     _layers,
     latent_grid,
     timestep=_timestep,
+    steps=_steps,
     refuses=_refuses,
 )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers import DiffusionPipeline, LTXEulerAncestralRFScheduler, ModularPipeline
 from diffusers.guiders import BaseGuidance
 
 from vdit_sparse.call import Origin
@@ -64,6 +64,7 @@ def schedule_of(target: Target) -> Callable[[], Schedule]:
     if isinstance(target, torch.nn.Module):
         return Schedule
     pipeline = weakref.ref(target)
+    counted = family_of(next(iter(denoisers_of(target).values()))).steps
 
     def schedule() -> Schedule:
         scheduler = getattr(pipeline(), "scheduler", None)
@@ -76,7 +77,10 @@ def schedule_of(target: Target) -> Callable[[], Schedule]:
             for expert, guider in zip(DENOISERS, guiders, strict=True)
             if isinstance(guider, BaseGuidance)
         }
-        return Schedule(timesteps, index, first or 0, guidance)
+        steps = counted(pipeline()) if counted else None
+        if isinstance(scheduler, LTXEulerAncestralRFScheduler) and timesteps is not None:
+            steps = len(timesteps) - 1  # its pipelines leave out the last
+        return Schedule(timesteps, index, first or 0, steps, guidance)
 
     return schedule
 

@@ -67,6 +67,43 @@ def test_a_run_that_begins_late_has_fewer_steps():
     assert clock.steps == 4
 
 
+def test_a_step_with_tiles_of_several_sizes_is_one_step():
+    timesteps, tiles = torch.tensor([900.0, 500.0]), (Grid(4, 7, 14), Grid(4, 7, 15))
+    index = iter([None, None, 1, 1])
+    clock = Clock(lambda: Schedule(timesteps, next(index)))
+    seen = [call(clock, t, grid=tile) for t in (900.0, 500.0) for tile in tiles]
+    assert seen == [
+        (1, 0, "call 0"),
+        (1, 0, "call 1"),
+        (1, 1, "call 0"),
+        (1, 1, "call 1"),
+    ]
+
+
+def test_steps_are_the_pipelines_where_they_are_not_the_schedules():
+    clock = Clock(lambda: Schedule(torch.arange(4.0), steps=7))
+    call(clock, 3.0)
+    assert clock.steps == 7
+
+
+def test_a_guiders_calls_are_named_by_how_many_there_are():
+    guidance = iter(["1", "2, prompt only", "2, prompt only", "3", "3", "3"])
+    timesteps, index = torch.tensor([3.0, 2.0, 1.0]), iter([None, 1, 1, 2, 2, 2])
+
+    def schedule():
+        return Schedule(timesteps, next(index), guidance={"transformer": next(guidance)})
+
+    clock = Clock(schedule)
+    assert [call(clock, t)[1:] for t in (3.0, 2.0, 2.0, 1.0, 1.0, 1.0)] == [
+        (0, "call 0"),
+        (1, "call 0"),
+        (1, "call 1 of 2, prompt only"),
+        (2, "call 0"),
+        (2, "call 1 of 3"),
+        (2, "call 2 of 3"),
+    ]
+
+
 def test_a_named_branch_that_comes_twice_at_a_first_step_is_a_new_run():
     clock, context = Clock(), CacheContext("cond")
     assert [call(clock, 900.0, context)[0] for _ in range(2)] == [1, 2]

@@ -2,16 +2,28 @@
 
 import pytest
 import torch
-from diffusers.pipelines.ltx2.dfr_layout import epilogue_tiles
+from diffusers.pipelines.ltx2.dfr_layout import LTX2DFREpilogueTile, epilogue_tiles
 
 from tests.tiny_models.ltx2 import NEW, TINY, parts
 from tests.tiny_models.parts import CALL
-from vdit_sparse import AdaSpaAttention, RadialAttention, apply, remove, summary
+from vdit_sparse import (
+    AdaSpaAttention,
+    RadialAttention,
+    RettentionAttention,
+    apply,
+    remove,
+    summary,
+)
 from vdit_sparse.grid import Grid
 from vdit_sparse.pipelines.ltx2 import LTX2DFRPipeline
 
 DENSE = RadialAttention(dense_steps=10_000)
 SPARSE = AdaSpaAttention(block=64, density=0.5, dense_steps=0)
+# Beside each other, a column of tokens apart in size.
+UNEQUAL = [
+    LTX2DFREpilogueTile(slice(0, 4), slice(0, 8), slice(0, 9), torch.ones(4, 8, 9)),
+    LTX2DFREpilogueTile(slice(0, 4), slice(0, 8), slice(9, 16), torch.ones(4, 8, 7)),
+]
 
 
 def run(pipe, call) -> torch.Tensor:
@@ -72,8 +84,7 @@ def test_attention_to_references_by_strength_is_refused():
         run(tiny.pipe, {**tiny.call, "conditioning_attention_strength": 0.5})
 
 
-@pytest.mark.parametrize("tiled", [False, True])
-def test_generated_keyframes_and_a_half_size_reference(tiled):
+def with_keyframes() -> tuple[LTX2DFRPipeline, dict]:
     made = parts(use_keyframes_abs_pos_embedding=True, **NEW)
     made["transformer"].keyframes_abs_pos_embedding.data.normal_()
     pipe = LTX2DFRPipeline(**made)
@@ -81,6 +92,33 @@ def test_generated_keyframes_and_a_half_size_reference(tiled):
     call = {key: value for key, value in CALL.items() if key != "num_inference_steps"}
     call |= {"height": 64, "width": 128, "num_frames": 25, "max_sequence_length": 16}
     call |= {"sigmas": [1.0, 0.6, 0.3], "reference_latents": torch.ones(1, 4, 4, 4, 8)}
+    return pipe, call
+
+
+def test_tiles_of_unequal_size_are_calls_of_one_step():
+    pipe, call = with_keyframes()
+    call["video_tiles"] = UNEQUAL
+    stock = run(pipe, call)
+    apply(pipe, DENSE)
+    assert torch.equal(run(pipe, call), stock)
+    kept = RettentionAttention(block=64, dense_steps=1, density=0.03)
+    for method in (kept, SPARSE):
+        apply(pipe, method)
+        assert run(pipe, call).isfinite().all()
+        done = summary(pipe)
+        # Re-ttention's band of whole blocks covers frames as small as these.
+        assert done.steps == 3 and (done.sparse_density < 1 or method is kept)
+        assert places(pipe) == {
+            (f"call {tile}", step, layer)
+            for tile in range(len(UNEQUAL))
+            for step in range(3)
+            for layer in (0, 1)
+        }
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_generated_keyframes_and_a_half_size_reference(tiled):
+    pipe, call = with_keyframes()
     if tiled:
         call["video_tiles"] = epilogue_tiles((4, 8, 16), 1, ())
     stock = run(pipe, call)

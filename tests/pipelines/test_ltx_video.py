@@ -12,7 +12,6 @@ from vdit_sparse.pipelines.ltx_video import LTXI2VLongMultiPromptPipeline
 from vdit_sparse.pipelines.video_coords import find_video
 
 DENSE = RadialAttention(dense_steps=10_000)
-SPARSE = AdaSpaAttention(block=64, density=0.5, dense_steps=0)
 
 
 def run(pipe, call) -> torch.Tensor:
@@ -75,8 +74,12 @@ def test_long_videos_of_several_prompts():
     # makes one step less than it is asked for.
     assert summary(pipe).grid == Grid(4, 8, 16, text=3 * 128)
     assert [(e.step, e.layer) for e in summary(pipe).entries] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    apply(pipe, SPARSE)
-    assert run(pipe, call).isfinite().all() and summary(pipe).sparse_density < 1
+    ends = {"dense_steps": 0, "dense_search": False, "last_dense_steps": 1}
+    apply(pipe, AdaSpaAttention(block=64, density=0.5, **ends))
+    assert run(pipe, call).isfinite().all()
+    done = summary(pipe)
+    assert done.sparse_density < 1 and done.steps == 2
+    assert {entry.step for entry in done.entries if entry.dense} == {1}
     remove(pipe)
     assert torch.equal(run(pipe, call), stock)
 

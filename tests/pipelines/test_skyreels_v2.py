@@ -26,8 +26,12 @@ def test_frames_that_lag_behind_make_more_steps(pipe_and_call):
     apply(pipe, RadialAttention(dense_steps=10_000))
     assert torch.equal(run(pipe, call), stock)
     assert {entry.step for entry in summary(pipe).entries} == set(range(2 + 3))
-    apply(pipe, SPARSE)
-    assert run(pipe, call).isfinite().all() and summary(pipe).sparse_density < 1
+    ends = AdaSpaAttention(block=64, density=0.5, dense_steps=0.4, last_dense_steps=1)
+    apply(pipe, ends)
+    assert run(pipe, call).isfinite().all()
+    done = summary(pipe)
+    assert done.sparse_density < 1 and done.steps == 5
+    assert {entry.step for entry in done.entries if entry.dense} == {0, 1, 4}
 
 
 def test_every_part_of_a_long_video_is_a_run_of_its_own(pipe_and_call):
