@@ -216,8 +216,9 @@ def _count(totals: dict[str, dict[str, Score]], found: dict[str, Score], spec: S
 
 def tables(result: Mapping) -> str:
     """All tables of a result as Markdown, each with its title."""
-    parts = [f"{group}\n\n{table(result[group])}" for group in GROUPS if result[group]]
-    return "\n\n".join(["all clips" + parts[0].removeprefix("rows"), *parts[1:]])
+    titles = {group: group for group in GROUPS} | {"rows": "all clips"}
+    parts = [f"**{titles[group]}**\n\n{table(result[group])}" for group in GROUPS if result[group]]
+    return "\n\n".join(parts)
 
 
 def write(result: Mapping, folder: Path) -> None:

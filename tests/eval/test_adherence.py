@@ -199,7 +199,7 @@ def test_the_command_generates_counts_and_writes(folder, tmp_path, monkeypatch):
     assert place["asked"] == 6 and place["on renders"] == 0.5
     assert result["renders"]["judge"] == 4
     text = (tmp_path / "out" / "adherence.md").read_text()
-    assert text.startswith("all clips\n\n| row | asked | accuracy | on renders | adherence | bar |")
+    assert text.startswith("**all clips**\n\n| row | asked | accuracy | on renders |")
     assert result["clips"] == 6 and result["command"].endswith(shlex.join(words))
     moving = [spec.camera != "static" for spec in draw_specs(3)]
     for group, count in (("moving camera", sum(moving)), ("static camera", 3 - sum(moving))):
