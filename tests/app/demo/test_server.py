@@ -1,6 +1,7 @@
 """The studio over HTTP: its gate, its users, its limits, and its API."""
 
 import base64
+import gc
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
@@ -186,21 +188,33 @@ def test_cancel_stops_at_the_next_block_and_frees(studio):
     with running(studio) as (_, desk):
         who = "a" * 32
         first = made(desk, who)
+        before = tensor_bytes()
         job = desk.submit(who, "generate", {**FORM, "steps": 100})
         until(lambda: job.done >= 2 and job.total == 100)
         assert (
             job.preview["url"].startswith("data:image/png;base64,") and job.preview["frames"] == 3
         )
         assert 0 < job.seconds_left() < 600
+        during = tensor_bytes()
         desk.cancel(who, job.name)
         until(lambda: job.state == "cancelled", 5)
         assert job.done < 100 and job.preview is None and job.look is None
+        # Of the run nothing is in memory but the scheduler's list of steps.
+        assert during > before + 20_000 and tensor_bytes() < before + 2_000
         assert not desk.store.folder(who, job.name).exists()
         assert [card["name"] for card in desk.store.cards(who)] == [first.name]
         pipe = desk.pipelines.load(_request(desk, who))
         assert not any(block._forward_pre_hooks for block in pipe.transformer.blocks)
         again = made(desk, who)
         assert again.state == "finished"
+
+
+def tensor_bytes() -> int:
+    """Of all tensors that anybody holds."""
+    gc.collect()
+    found = (one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter))
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in found}
+    return sum(storages.values())
 
 
 def _request(desk: Desk, who: str):
