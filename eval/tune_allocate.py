@@ -50,11 +50,15 @@ class Choice:
     loss: Tensor
 
 
-def allocate(parts: Sequence[tuple[Losses, Tensor]], density: float) -> list[Choice]:
+def allocate(
+    parts: Sequence[tuple[Losses, Tensor]], density: float, together: float = 0.0
+) -> list[Choice]:
     """The dense steps of each head, and what it keeps between them, of least weighted error at a
     mean density, for the losses and the weight of each expert.
 
-    A weight, `[n, L, H]`, is what an error of 1 of a head at a step costs. For a price of a block
+    A weight, `[n, L, H]`, is what an error of 1 of a head at a step costs. together: 0 to 1, how
+    alike the errors are that a head makes on one dense step: |e1 + e2|^2 is the sum of both for 0,
+    and (|e1| + |e2|)^2 for 1, so that living long on one step costs more. For a price of a block
     each head's best schedule is found exactly, from the last step to the first (dynamic programming
     over where its dense steps are); bisection finds the lowest price at which the mean density is
     at most `density` (the Lagrangian of one budget for all heads, steps and experts). Raises
@@ -66,7 +70,7 @@ def allocate(parts: Sequence[tuple[Losses, Tensor]], density: float) -> list[Cho
             f"The lowest mean density of these candidates is {least:.3f}, expected at most "
             f"{density:g}: ask for more, or search with a longer reach or lower densities."
         )
-    weighted = [_weighted(losses.error, weight.double()) for losses, weight in parts]
+    weighted = [_weighted(losses.error, weight.double(), together) for losses, weight in parts]
 
     def at(price: float) -> list[Choice]:
         each = zip(parts, weighted, strict=True)
@@ -103,8 +107,8 @@ def lowest(parts: Sequence[Losses]) -> float:
     return spent / total
 
 
-def _weighted(error: Tensor, weight: Tensor) -> Tensor:
-    """Errors of the shape of `Losses.error`, summed over the steps since the dense one; infinite
+def _weighted(error: Tensor, weight: Tensor, together: float) -> Tensor:
+    """Errors of the shape of `Losses.error`, added up over the steps since the dense one; infinite
     past the last step."""
     n, reach = error.shape[:2]
     total = torch.full_like(error, torch.inf)
@@ -112,7 +116,8 @@ def _weighted(error: Tensor, weight: Tensor) -> Tensor:
         count = min(reach, n - 1 - i)
         if count:
             here = error[i, :count] * weight[i + 1 : i + 1 + count, None]
-            total[i, :count] = here.cumsum(0)
+            alike = here.sqrt().cumsum(0).square()
+            total[i, :count] = (1 - together) * here.cumsum(0) + together * alike
     return total
 
 

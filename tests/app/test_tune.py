@@ -85,5 +85,23 @@ def test_another_model_needs_prompts(cli, words, tiny_model):
 
 def test_a_density_out_of_reach_leaves_no_file(cli, words, tmp_path):
     result = cli(*words, "--density", 0.1)
-    assert result.exit_code == 1 and "lowest mean density" in lines_of(result)[-1]
+    assert result.exit_code == 1 and "has a density of at least 0.333" in lines_of(result)[-1]
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_psnr_is_reached(cli, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("vdit_sparse.eval.tune_problem.HALVINGS", 1)
+    at = words.index("--density")
+    result = cli(*words[:at], *words[at + 2 :], "--target-psnr", 45)
+    assert result.exit_code == 0, result.output
+    (said,) = re.findall(r"PSNR on these prompts: (\d+\.\d\d) dB", result.stdout)
+    assert float(said) >= 45
+    found = load(tmp_path / "new" / "x.safetensors")
+    assert found.fields["target"] == {"density": None, "psnr": 45.0, "speedup": None}
+
+
+def test_a_speedup_out_of_reach_is_one_line(cli, words, tmp_path):
+    at = words.index("--density")
+    result = cli(*words[:at], *words[at + 2 :], "--speedup", 900)
+    assert result.exit_code == 1 and "expected 900: ask for less" in lines_of(result)[-1]
     assert not list((tmp_path / "new").iterdir())

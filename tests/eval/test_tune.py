@@ -1,12 +1,15 @@
 """The whole search on a tiny pipeline: targets, weights, what is written and left behind."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.tiny_models import WAN_CALL, tiny_wan
 from vdit_sparse.calibration import load
-from vdit_sparse.eval.tune import Target, tune
+from vdit_sparse.eval.tune import POWERS, TOGETHER, Target, _refine, tune
 from vdit_sparse.eval.tune_effect import Disturbed, _solve, weights
+from vdit_sparse.eval.tune_problem import Weight
 from vdit_sparse.eval.tune_record import TuneSearch
 from vdit_sparse.eval.tune_samples import Samples, error_db
 from vdit_sparse.methods import RadialAttention
@@ -58,7 +61,7 @@ def test_a_density_is_reached_and_the_error_is_that_of_the_file(pipe, tmp_path):
 
 
 def test_a_psnr_is_reached_at_the_lowest_density(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("vdit_sparse.eval.tune.HALVINGS", 2)
+    monkeypatch.setattr("vdit_sparse.eval.tune_problem.HALVINGS", 2)
     out = tmp_path / "x.safetensors"
     found = tune(pipe, ["a cat"], [0], Target(psnr=52.0), out=out, **QUICK, **SETTINGS)
     assert found.reached >= 52 and found.density < 1
@@ -67,17 +70,69 @@ def test_a_psnr_is_reached_at_the_lowest_density(pipe, tmp_path, monkeypatch):
     assert psnr == pytest.approx(found.reached, abs=0.5)
 
 
-def test_a_speedup_out_of_reach_is_said(pipe, tmp_path):
+def test_a_speedup_is_reached_at_the_highest_density(pipe, tmp_path, monkeypatch):
+    """With a clock that goes by the density, for that of this machine is not to be relied on."""
+    monkeypatch.setattr("vdit_sparse.eval.tune_problem.HALVINGS", 4)
+
+    def seconds(samples, method):
+        samples.latents(method)
+        return 10.0 if method is None else 10.0 * samples.density()
+
+    monkeypatch.setattr(Samples, "seconds", seconds)
     out = tmp_path / "x.safetensors"
+    found = tune(pipe, ["a cat"], [0], Target(speedup=1.3), out=out, **QUICK, **SETTINGS)
+    assert found.reached >= 1.3 and 1 / found.density == pytest.approx(found.reached)
+    # A head's step more, of three steps, two layers and its heads, would be too much.
+    heads = pipe.transformer.config.num_attention_heads
+    assert found.density > 1 / 1.3 - 1 / 16 - 1 / (3 * 2 * heads)
+
+
+def test_a_speedup_out_of_reach_is_said_before_the_weights_are_measured(pipe, tmp_path):
+    out, told = tmp_path / "x.safetensors", []
+    settings = {**QUICK, "effects": "head", **SETTINGS, "tell": lambda *x: told.append(x[0])}
     with pytest.raises(ValueError, match=r"The speed-up at density 0\.\d+ is .*, expected 900"):
-        tune(pipe, ["a cat"], [0], Target(speedup=900), out=out, **QUICK, **SETTINGS)
-    assert not out.exists()
+        tune(pipe, ["a cat"], [0], Target(speedup=900), out=out, **settings)
+    assert not out.exists() and set(told) == {"measuring heads"}
+
+
+def test_a_density_that_no_schedule_has_is_said_at_once(pipe, tmp_path):
+    told = []
+    settings = {**QUICK, **SETTINGS, "tell": lambda *x: told.append(x)}
+    with pytest.raises(ValueError, match=r"of 3 steps has a density of at least 0\.333, for 1 of"):
+        tune(pipe, ["a cat"], [0], Target(density=0.2), out=tmp_path / "x", **settings)
+    assert not told
 
 
 @pytest.mark.parametrize("given", [{}, {"density": 0.2, "psnr": 30}, {"psnr": -1}, {"speedup": 1}])
 def test_bad_targets(given):
     with pytest.raises(ValueError, match=r"Expected one of|must be above"):
         Target(**given)
+
+
+class Toy:
+    """Its error is known of every weight: least where errors are alike and layers count."""
+
+    def __init__(self):
+        self.seen = []
+
+    def error(self, weight, density):
+        self.seen.append(weight)
+        return abs(weight.together - 0.9) + float((weight.head.log() - 1).abs().mean())
+
+
+def test_refining_takes_the_best_of_all_that_it_tries():
+    flat, told, toy = Weight.ones(4, 3, 2), [], Toy()
+    start = replace(flat, head=flat.head * 3)
+    best = _refine(toy, start, 0.5, 20, lambda *x: told.append(x))
+    errors = [Toy().error(each, 0.5) for each in toy.seen]
+    assert Toy().error(best, 0.5) == min(errors) < min(errors[: len(TOGETHER)])
+    # What is alike first, then powers of the best, then changes to the best so far.
+    assert [each.together for each in toy.seen[:4]] == [*TOGETHER, 1.0]
+    assert len(toy.seen) == len(TOGETHER) + len(POWERS) + 20 == told[-1][1] == told[-1][2]
+    assert all(0 <= each.together <= 1 for each in toy.seen)
+    without = Toy()
+    _refine(without, flat, 0.5, 0, lambda *_: None)
+    assert len(without.seen) == len(TOGETHER)
 
 
 def test_without_prompts_it_says_so(pipe, tmp_path):

@@ -17,7 +17,7 @@ def losses(layers=1, heads=1, reach=3) -> Losses:
     return Losses(error, torch.rand_like(error), kept)
 
 
-def schedules(one: Losses, weight):
+def schedules(one: Losses, weight, together=0.0):
     """(density, loss) of every schedule of one head."""
     for dense in product((True, False), repeat=STEPS - 1):
         starts = [0, *(i + 1 for i, new in enumerate(dense) if new)]
@@ -27,19 +27,22 @@ def schedules(one: Losses, weight):
             for start, end, level in zip(starts, ends, levels, strict=True):
                 kept += 1 + (end - start - 1) * LEVELS[level]
                 steps = range(start + 1, end)
-                loss += sum(
+                each = [
                     float(one.error[start, t - start - 1, level, 0, 0] * weight[t, 0, 0])
                     for t in steps
-                )
+                ]
+                alike = sum(x**0.5 for x in each) ** 2
+                loss += (1 - together) * sum(each) + together * alike
             yield kept / STEPS, loss
 
 
-def test_no_other_schedule_is_as_sparse_and_as_good():
+@pytest.mark.parametrize("together", [0.0, 0.3, 1.0])
+def test_no_other_schedule_is_as_sparse_and_as_good(together):
     for _ in range(5):
         one, weight = losses(), torch.rand(STEPS, 1, 1)
-        found = allocate([(one, weight)], 0.6)[0]
+        found = allocate([(one, weight)], 0.6, together)[0]
         assert found.density <= 0.6
-        better = [s for s in schedules(one, weight) if s[0] <= found.density + 1e-9]
+        better = [s for s in schedules(one, weight, together) if s[0] <= found.density + 1e-9]
         assert float(found.loss.sum()) == pytest.approx(min(loss for _, loss in better))
 
 
