@@ -57,10 +57,9 @@ def model(
         from vdit_sparse.app.bench_tables import model_facts, model_table
 
         request = parse_model(context.params)
-        rows = measure(request, complain)
         facts = model_facts(model, request)
+        rows = measure(request, complain, lambda row: append(csv, as_data([row]), facts))
         typer.echo(model_table(rows, request, facts))
-        append(csv, as_data(rows), facts)
 
 
 @bench.command()

@@ -35,7 +35,9 @@ class KernelBench:
 
 
 def measure(
-    bench: KernelBench, say: Callable[[str], None], keep: Callable[[dict], None]
+    bench: KernelBench,
+    say: Callable[[str], None],
+    keep: Callable[[dict], None] = lambda row: None,
 ) -> Iterator[list[dict]]:
     """Rows of each shape as plain data, with its name and sizes in them; `say` and `keep` are given
     each row as soon as it is known."""

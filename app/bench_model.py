@@ -6,8 +6,9 @@ search for plans, and the first two, are not counted.
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,10 +22,7 @@ from vdit_sparse.kernels.bench.problem import Problem
 from vdit_sparse.method import SparseAttention
 from vdit_sparse.methods import RadialAttention
 from vdit_sparse.pipelines.checkpoints import Checkpoint
-from vdit_sparse.pipelines.random_model import (
-    random_inputs,
-    random_transformer,
-)
+from vdit_sparse.pipelines.random_model import random_inputs, random_transformer
 from vdit_sparse.pipelines.report import Stopwatch
 
 WARM_UP = 2
@@ -127,9 +125,12 @@ class Forwards:
         return {each.key: each.self_device_time_total / 1e3 for each in profiled.key_averages()}
 
 
-def measure(bench: ModelBench, say: Callable[[str], None]) -> list[Row]:
-    """Every variant, dense ones first; `say` is told what goes on, and the longest kernels. Raises
-    InputError if no dense one runs, for there is nothing to compare with."""
+def measure(
+    bench: ModelBench, say: Callable[[str], None], keep: Callable[[Row], None] = lambda row: None
+) -> list[Row]:
+    """Every variant, dense ones first; `say` is told what goes on, and the longest kernels, `keep`
+    is given each row as soon as it can be compared. Raises InputError if no dense one runs, for
+    there is nothing to compare with."""
     say(f"building {bench.layers} layers")
     forwards = Forwards(bench)
     dense = {(name, "eager"): _eager(forwards, name, say) for name in bench.dense}
@@ -142,27 +143,34 @@ def measure(bench: ModelBench, say: Callable[[str], None]) -> list[Row]:
     if not timed:
         raise InputError(f"No dense variant runs: {next(iter(dense.values())).error}")
     (backend, _), best = min(timed.items(), key=lambda item: item[1].ms)
-    rows = list(dense.values())
+    rows = []
+    for row in chain(dense.values(), _others(forwards, backend, best, say)):
+        rows.append(_judged(row, best))
+        keep(rows[-1])
+    return rows
+
+
+def _others(forwards: Forwards, backend: str, best: Row, say) -> Iterator[Row]:
+    """Rows by arithmetic, then sparse ones, beside the fastest dense forward."""
     if best.attention is not None:
         rest = best.ms - best.attention
-        rows += [_by_arithmetic(bench, name, rest, say) for name in _bare(bench)]
+        for name in _bare(forwards.bench):
+            yield _by_arithmetic(forwards.bench, name, rest, say)
     forwards.model.set_attention_backend(backend)
-    rows += _all_sparse(forwards, say)
-    return [_judged(row, best) for row in rows]
+    yield from _all_sparse(forwards, say)
 
 
-def _all_sparse(forwards: Forwards, say: Callable[[str], None]) -> list[Row]:
+def _all_sparse(forwards: Forwards, say: Callable[[str], None]) -> Iterator[Row]:
     """Each method in each precision. They replace each other, so that blocks compile once."""
-    bench, rows = forwards.bench, []
+    bench = forwards.bench
     about = (bench.grid, bench.size.heads, bench.density, bench.block, bench.layers)
     with tempfile.TemporaryDirectory() as folder:
         for name, method in sparse_methods(bench.methods, *about, Path(folder)):
             for precision in bench.precisions:
                 variant = f"{name} {precision}" + (", compiled" if bench.compiled else "")
                 method = replace(method, precision=precision)
-                rows.append(_guarded(variant, _sparse, forwards, method, say))
+                yield _guarded(variant, _sparse, forwards, method, say)
     remove(forwards.model)
-    return rows
 
 
 def _guarded(name: str, measured: Callable[..., Row], *arguments) -> Row:

@@ -70,7 +70,7 @@ def parse_kernels(words: dict) -> KernelBench:
         block=parse_block(words["block"]),
         device=device,
         dtype=parse_dtype(words["dtype"], device),
-        seconds=math.inf if words["seconds"] is None else words["seconds"],
+        seconds=parse_seconds(words.get("seconds")),
     )
 
 
@@ -101,6 +101,12 @@ def parse_density(density: float) -> float:
     if not 0 < density <= 1:
         raise InputError(f"--density must be above 0 and at most 1, got {density}.")
     return density
+
+
+def parse_seconds(seconds: float | None) -> float:
+    if seconds is not None and not seconds > 0:
+        raise InputError(f"--seconds must be above 0, got {seconds}.")
+    return math.inf if seconds is None else seconds
 
 
 def parse_block(block: int) -> int:

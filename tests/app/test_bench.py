@@ -260,6 +260,7 @@ def test_bad_requests_end_in_one_line(words, message, cli):
         (("--kernel", "tritn"), "--kernel must be one of .*did you mean 'triton'"),
         (("--pattern", "dense"), "--pattern must be one of local"),
         (("--density", "2"), "--density must be above 0 and at most 1, got 2"),
+        (("--seconds", "0"), "--seconds must be above 0, got 0"),
     ],
 )
 def test_bad_requests_for_kernels_end_in_one_line(words, message, cli):
