@@ -53,10 +53,11 @@ def release(folders: list[Path], model: Path, limit: int = LIMIT, keep_old: bool
         for folder in folders:
             unpack(folder, found)
         brought = [part for part in PARTS if (found / "mini" / part).is_dir()]
-        if not brought:
+        if not brought and not (found / "reports").is_dir():
             raise ValueError(
-                f"Expected one of {', '.join(PARTS)} in mini/ of the archives in "
-                f"{', '.join(map(str, folders))}, found none: name the folder with what came back."
+                f"Expected one of {', '.join(PARTS)} in mini/, or reports/, in "
+                f"{', '.join(map(str, folders))} or archives there, found none: name the folder "
+                "with what came back."
             )
         dropped = _outdated(brought, model, keep_old)
         shutil.copytree(model, new, ignore=shutil.ignore_patterns("__pycache__"))
@@ -69,7 +70,9 @@ def release(folders: list[Path], model: Path, limit: int = LIMIT, keep_old: bool
         _replace(new, model, brought, dropped)
         for name in {"README.md", SHEET} & {file.name for file in new.iterdir()}:
             shutil.copyfile(new / name, model / name)
-    report(f"released {', '.join(brought)} into {model}: {size:,} bytes of {limit:,}")
+    report(
+        f"released {', '.join([*brought, 'the card'])} into {model}: {size:,} bytes of {limit:,}"
+    )
     return size
 
 

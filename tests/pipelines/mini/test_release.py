@@ -117,6 +117,10 @@ def test_parts_are_replaced_and_the_card_is_filled(models, model, tmp_path):
     release([later], model)
     card = (model / "README.md").read_text()
     assert "| new figures |" in card and "| s |" in card and NOT_MEASURED not in card
+    here = tmp_path / "here" / "reports"
+    write_report(here / "structure-25-frames.json", "| measured here |", {}, "cpu", "python -m y")
+    release([here.parent], model)
+    assert "| measured here |" in (model / "README.md").read_text()
 
 
 def test_a_later_folder_counts_and_its_parts_must_be_of_the_same_transformer(
