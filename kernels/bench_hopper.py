@@ -72,7 +72,7 @@ def forms(groups: list[str]) -> list[Form]:
     narrow += [{"emulate": True, "pingpong": True}, {"emulate": True, "persistent": True}]
     narrow += [{"stages": 2}, {"lazy": True}]
     eight: list[dict] = [{}, {"pingpong": True}, {"persistent": True}, {"stages": 4}]
-    eight += [{"late": True}, {"late": True, "keys": 64, "stages": 4}]
+    eight += [{"emulate": True}, {"persistent": True, "pingpong": True}]
     found = [_form("wide", 128, changes=change) for change in wide]
     found += [_form("narrow", 64, changes=change) for change in narrow]
     for blocks in ((64, 128), (64, 64), (128, 64)):

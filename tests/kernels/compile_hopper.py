@@ -80,7 +80,6 @@ def builds(quick: bool) -> list[Build]:
     found += [Build(ends="valid", skips=True), Build(blocks=(64, 64), ends="kv_len", skips=True)]
     found += [Build(dtype="fp16"), Build(D=64, changes=(("emulate", True),))]
     found += [Build(changes=((name, True),)) for name in STUDIED]
-    found += [Build(precision="int8_fp8", changes=(("late", True), ("keys", 64), ("stages", 4)))]
     found += [Build(blocks=(64, 128), changes=LONE), Build(D=64, blocks=(64, 128), changes=LONE)]
     found += [Build(D, (64, 128), changes=WIDE, ends=e) for D in (64, 128) for e in ENDS[:2]]
     found += [Build(D, (64, 64), changes=THIN) for D in (64, 128)]

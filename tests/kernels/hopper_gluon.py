@@ -235,6 +235,8 @@ def _language(machine) -> SimpleNamespace:
         where=lambda c, a, b: value(torch.where(value(c), a, b)),
         maximum=pair(torch.maximum), minimum=pair(torch.minimum),
         max=torch.amax, min=torch.amin, sum=torch.sum, exp2=torch.exp2, log2=torch.log2,
+        zeros_like=torch.zeros_like, float16=torch.float16,
+        fma=lambda x, y, z: (x.double() * y.double() + z.double()).float(),
         inline_asm_elementwise=assembly,
         convert_layout=lambda x, layout: x, thread_barrier=lambda: None,
         warp_specialize=machine.specialize, allocate_shared_memory=machine.allocate,

@@ -20,7 +20,6 @@ from vdit_sparse.kernels.block_sparse.hopper.parts import (
     ROWS,
     SMALLEST,
     advance,
-    finite,
     key_place,
     masked,
     peak_of,
@@ -100,7 +99,7 @@ def _consume(
     W: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
     PINGPONG: gl.constexpr, MERGED: gl.constexpr, LAZY: gl.constexpr, EMULATE: gl.constexpr,
-    LATE: gl.constexpr, UNROLL: gl.constexpr,
+    UNROLL: gl.constexpr,
 ):  # fmt: skip
     """Attention of the 64 queries `W * 64 ...` of each tile."""
     VALID: gl.constexpr = valid_ptr is not None
@@ -111,8 +110,9 @@ def _consume(
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if FP8 else 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 4 if FP8 else 2)
     number: gl.constexpr = descriptors[2].dtype
-    # Stale maxima need room above 1, which e4m3 at 448 has not; masked rows have no maximum.
-    STALE: gl.constexpr = LAZY and not VALID and not FP8
+    # Stale maxima need room above 1, which e4m3 at 448 has not; masked rows have no maximum, and
+    # that of integer scores moves a little in every step.
+    STALE: gl.constexpr = LAZY and not VALID and not INT8
     q_smem, k_smem, v_smem = buffers
     LONE: gl.constexpr = k_smem.shape[0] != v_smem.shape[0]
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, _turns = barriers
@@ -149,8 +149,8 @@ def _consume(
             if not FP8:
                 mbarrier.wait(v_ready.index(slot), phase)
                 zero_from(v_smem.index(slot).reshape([BN, D]), real, BN, D)
-        peak = peak_of(scores, factor, FP8)
-        p, total = weights_of(scores, factor, finite(peak, True), P_L, number, False, LATE)
+        peak = peak_of(scores, factor, INT8, FP8)
+        p, total, peak, _shift = weights_of(scores, factor, peak, P_L, number, False, INT8, True)
         acc = gl.zeros([ROWS, D], gl.float32, O_L)
         alpha = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, O_L))
         rows = m0 + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_L))
@@ -164,13 +164,13 @@ def _consume(
                     state, real = step(
                         i + j, state, real, q, row, valid_ptr, k_scale_ptr, buffers, barriers, W, D,
                         BLOCK_K, BN, STAGES, S_L, O_L, P_L, number, PINGPONG, MERGED,
-                        STALE, EMULATE and not VALID, LATE,
+                        STALE, EMULATE and not VALID,
                     )  # fmt: skip
         for i in range(first, 1 if SKIP else steps):
             state, real = step(
                 i, state, real, q, row, valid_ptr, k_scale_ptr, buffers, barriers, W, D, BLOCK_K,
                 BN, STAGES, S_L, O_L, P_L, number, PINGPONG, MERGED, STALE,
-                EMULATE and not VALID, LATE,
+                EMULATE and not VALID,
             )  # fmt: skip
         acc, p, peak, total, alpha, slot, phase, turn = state
         if PERSISTENT and not SKIP:
@@ -228,7 +228,7 @@ def hopper_forward(
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
     PERSISTENT: gl.constexpr,
     PINGPONG: gl.constexpr, MERGED: gl.constexpr, LAZY: gl.constexpr, EMULATE: gl.constexpr,
-    LATE: gl.constexpr, UNROLL: gl.constexpr,
+    UNROLL: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `block_sparse_attention`. Descriptors are 4-D. q_scale_ptr, k_scale_ptr, shift_ptr: of
@@ -283,13 +283,13 @@ def hopper_forward(
                     descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
                     BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, MERGED, LAZY, EMULATE,
-                    LATE, UNROLL,
+                    UNROLL,
                 )),
                 (_consume, (
                     descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 1, D, BLOCK_Q,
                     BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, MERGED, LAZY, EMULATE,
-                    LATE, UNROLL,
+                    UNROLL,
                 )),
                 (_produce, (
                     descriptors, buffers, barriers, lists, strides, sizes, tiles, D, BLOCK_Q,
@@ -306,7 +306,7 @@ def hopper_forward(
                     descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
                     BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, False, MERGED, LAZY, EMULATE,
-                    LATE, UNROLL,
+                    UNROLL,
                 )),
                 (_produce, (
                     descriptors, buffers, barriers, lists, strides, sizes, tiles, D, BLOCK_Q,

@@ -115,8 +115,8 @@ def _values(p, acc, buffers, barriers, slot, phase, D: gl.constexpr, BLOCK_K: gl
 @gluon.jit
 def _softmax(scores, peak, total, factor, P_L: gl.constexpr, number: gl.constexpr):
     """Weights, maximum and sum after these scores, and by what the accumulator shrinks."""
-    peak_new = gl.maximum(peak, peak_of(scores, factor, False))
-    p, sums = weights_of(scores, factor, peak_new, P_L, number, False, False)
+    peak_new = gl.maximum(peak, peak_of(scores, factor, False, False))
+    p, sums, _, _ = weights_of(scores, factor, peak_new, P_L, number, False, False, False)
     alpha = gl.exp2(peak - peak_new)
     return p, peak_new, total * alpha + sums, alpha
 

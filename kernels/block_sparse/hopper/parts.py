@@ -9,6 +9,7 @@ LOG2_448 = gl.constexpr(8.807354922057604)  # of the largest number of e4m3
 # Of the factor of integer scores: a block of zeros has a scale so small that a product of two is 0,
 # and -inf * 0 is nan.
 SMALLEST = gl.constexpr(1e-30)
+OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23, of integer scores as floating-point numbers
 GROWTH = gl.constexpr(8.0)  # log2 of how far a stale maximum may be exceeded
 # Three of four exponentials in the special function unit, the fourth on the FMA units: 2^x is
 # 2^round(x) times a cubic in the rest, of relative error below 1e-4 (FlashAttention-4's trick).
@@ -147,11 +148,11 @@ def zero_from(tile, real, KEYS: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def scores_of(products):
-    """fp32 of a tile of products. Integers are below 2^22, which 127^2 * D is for D <= 256: their
-    bits are added to those of 1.5 * 2^23, cheaper than a conversion, which shares its unit with the
-    exponentials."""
+    """fp32 of a tile of products; of integers, `OFFSET` more than they are. Those are below 2^22,
+    which 127^2 * D is for D <= 256, so that their bits can be added to those of 1.5 * 2^23: cheaper
+    than a conversion, which shares its unit with the exponentials."""
     if products.dtype == gl.int32:
-        scores = (products + 0x4B400000).to(gl.float32, bitcast=True) - 12582912.0
+        scores = (products + 0x4B400000).to(gl.float32, bitcast=True)
     else:
         scores = products
     return scores
@@ -187,32 +188,49 @@ def exp2_of(x, EMULATE: gl.constexpr):
 
 
 @gluon.jit
-def peak_of(scores, factor, FP8: gl.constexpr):
+def peak_of(scores, factor, INT8: gl.constexpr, FP8: gl.constexpr):
     """Largest score of each row in log2 units; in fp8 low by log2(448), which makes the weights,
     and their sum, larger by 448."""
-    peak = gl.max(scores, 1) * factor
+    peak = gl.max(scores, 1)
+    if INT8:
+        peak -= OFFSET
+    peak *= factor
     if FP8:
         peak -= LOG2_448
     return peak
 
 
 @gluon.jit
-def weights_of(scores, factor, shift, P: gl.constexpr, number: gl.constexpr,
-               EMULATE: gl.constexpr, LATE: gl.constexpr):  # fmt: skip
-    """exp2(factor * scores - shift) as an operand of the next product, and the sums of rows; LATE:
-    still in fp32 if that is to be e4m3.
+def weights_of(scores, factor, peak, P: gl.constexpr, number: gl.constexpr,
+               EMULATE: gl.constexpr, INT8: gl.constexpr, GUARD: gl.constexpr):  # fmt: skip
+    """exp2(factor * scores - shift) as an operand of the next product, and the sums of rows; `peak`
+    and shift, which are the same but for rows that have seen masked keys only (GUARD).
+
+    INT8: what takes the scores' offset off again is one rounded number for each row, of up to
+    factor * 2^24. Its rounding, upwards, is put into `peak`, which so stays exact to all blocks.
 
     A thread has columns 2t, 2t + 1 of each 8, but of an 8-bit operand four neighbours of each 16:
-    with the keys of each 16 in another order, which the values have too, they are the same.
+    with the keys of each 16 in another order, which the values have too, they are the same. Weights
+    that are to be e4m3 are fp16 until their product: as bytes they would be packed and unpacked.
     """
-    p = exp2_of(scores * factor - shift[:, None], EMULATE)
+    shift = finite(peak, GUARD)
+    if INT8:
+        lost = gl.fma(factor + gl.zeros_like(shift), OFFSET + gl.zeros_like(shift), shift)
+        lost += gl.maximum(lost, -lost) * 2.384185791015625e-07
+        shift = gl.fma(-factor + gl.zeros_like(shift), OFFSET + gl.zeros_like(shift), lost)
+        peak = gl.where(peak == float("-inf"), peak, shift) if GUARD else shift
+        powers = gl.fma(
+            scores, factor + gl.zeros_like(scores), -lost[:, None] + gl.zeros_like(scores)
+        )
+    else:
+        powers = scores * factor - shift[:, None]
+    p = exp2_of(powers, EMULATE)
     total = gl.sum(p, 1)
     if number == gl.float8e4nv:
         KEYS: gl.constexpr = p.shape[1]
         groups = p.reshape([p.shape[0], KEYS // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4))
         p = groups.reshape([p.shape[0], KEYS])
-    if number == gl.float8e4nv and LATE:
-        p = gl.convert_layout(p, P)
+        p = gl.convert_layout(p.to(gl.float16), P)
     else:
         p = gl.convert_layout(p.to(number), P)
-    return p, total
+    return p, total, peak, shift

@@ -15,7 +15,6 @@ from vdit_sparse.kernels.block_sparse.hopper.parts import (
     ROWS,
     SMALLEST,
     advance,
-    finite,
     key_place,
     masked,
     peak_of,
@@ -60,7 +59,6 @@ def step(
     STAGES: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr, P_L: gl.constexpr,
     number: gl.constexpr,
     PINGPONG: gl.constexpr, MERGED: gl.constexpr, LAZY: gl.constexpr, EMULATE: gl.constexpr,
-    LATE: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of step `i`, values of the one before, of whose keys `real_last` are real;
     the new state, and how many keys of this step are real."""
@@ -100,13 +98,14 @@ def step(
         mbarrier.arrive(k_empty.index(k_slot))
     if VALID:
         scores = masked(scores, real, S_L, BN)
-    peak_new = gl.maximum(peak, peak_of(scores, factor, FP8))
+    peak_new = gl.maximum(peak, peak_of(scores, factor, INT8, FP8))
     if LAZY:
         # Weights up to 2^GROWTH are as exact, and the last division makes up for the shift.
         moved = gl.max(peak_new - peak, 0) > GROWTH
         peak_new = gl.where(moved, peak_new, peak)
-    shift = finite(peak_new, VALID)
-    p, sums = weights_of(scores, factor, shift, P_L, number, EMULATE, LATE)
+    p, sums, peak_new, shift = weights_of(
+        scores, factor, peak_new, P_L, number, EMULATE, INT8, VALID
+    )
     alpha_new = gl.exp2(peak - shift)
     total = total * alpha_new + sums
     alpha_new = gl.convert_layout(alpha_new, gl.SliceLayout(1, O_L))
@@ -147,7 +146,7 @@ def step_or_skip(
     mbarrier.arrive(k_empty.index(k_slot))
     if VALID:
         scores = masked(scores, real, S_L, BN)
-    top = peak_of(scores, factor, False)
+    top = peak_of(scores, factor, False, False)
     small = (top < peak + skip_log2) | outside
     skip = gl.min(small.to(gl.int32), 0) == 1
     mbarrier.wait(v_ready.index(slot), phase)
@@ -155,8 +154,9 @@ def step_or_skip(
         gl.atomic_add(skips_ptr + skips_row + block, 1)
     else:
         peak_new = gl.maximum(peak, top)
-        shift = finite(peak_new, VALID)
-        p, sums = weights_of(scores, factor, shift, P_L, number, False, False)
+        p, sums, peak_new, shift = weights_of(
+            scores, factor, peak_new, P_L, number, False, False, VALID
+        )
         alpha = gl.exp2(peak - shift)
         total = total * alpha + sums
         peak = peak_new

@@ -17,9 +17,8 @@ class Variant:
     persistent: as many programs as fit the GPU, each of which takes tile after tile and loads the
     next tile's queries early; pingpong: consumers start their products in turns; merged: keys and
     values of a step are released together; lazy: the accumulator is rescaled only when a maximum
-    has grown by more than 2^8; emulate: every fourth exponential on the FMA units; late: weights
-    are rounded to e4m3 one step later; unroll: two steps a round of the loop; longest_first: tiles
-    by falling length of their lists.
+    has grown by more than 2^8; emulate: every fourth exponential on the FMA units; unroll: two
+    steps a round of the loop; longest_first: tiles by falling length of their lists.
     producer_registers: of a thread of the producer's warp; registers: of a thread when the program
     starts, before the warps trade them, or None.
     """
@@ -34,7 +33,6 @@ class Variant:
     merged: bool = False
     lazy: bool = False
     emulate: bool = False
-    late: bool = False
     unroll: bool = False
     longest_first: bool = False
     producer_registers: int = 24
@@ -69,7 +67,6 @@ class Variant:
             "MERGED": self.merged,
             "LAZY": self.lazy,
             "EMULATE": self.emulate,
-            "LATE": self.late,
             "UNROLL": self.unroll,
             "REGISTERS": 240,
             "PRODUCER_REGISTERS": self.producer_registers,
