@@ -26,15 +26,9 @@ def load(request: Request):
     device = check_device(request.device)
     dtype = DTYPES[request.dtype] if request.dtype else default_dtype(device)
     home = device if request.offload == "none" else torch.device("cpu")
-    from_image = request.image is not None
+    parts = {"base": request.base, "image_to_video": request.image is not None}
     try:
-        pipe = load_pipeline(
-            request.model,
-            base=request.base,
-            dtype=dtype,
-            device=home,
-            image_to_video=from_image,
-        )
+        pipe = load_pipeline(request.model, dtype=dtype, device=home, **parts)
     except Exception as error:
         if not _is_of_the_source(error):
             raise
