@@ -17,8 +17,9 @@ pytest_plugins = ["tests.kernels.float8"]
 pytestmark = pytest.mark.usefixtures("float8")
 CHANNEL, TIMES = 3, 10  # of an outlier
 BARS = {"int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
-# An outlier of q or k alone makes random scores larger, and the rounding of the other with them.
-ONE_SIDED = 2e-2
+# An outlier of q or k alone multiplies the variance of random scores, and the rounding of the other
+# operand in them, by 1 + 99 / D.
+ONE_SIDED = 2.2e-2
 OUTLIERS = {"none": "", "of q": "q", "of k": "k", "of q, k and v": "qkv"}
 
 
