@@ -52,6 +52,7 @@ const studio = (() => {
     openTab(TITLES[card.kind]);
     bus.dispatchEvent(new CustomEvent("open", { detail: card }));
   }
+  const stage = (kind) => document.querySelector(`studio-stage[kind="${kind}"]`);
   const visible = (selector) => [...document.querySelectorAll(selector)].find((one) => one.offsetParent !== null);
 
   let note;
@@ -136,8 +137,12 @@ const studio = (() => {
     chosen: "bundled",
     // Called by Gradio's events in page.py.
     model: (name) => { studio.chosen = name; studio.tell("model", name); },
-    runs: (kind) => JSON.stringify(document.querySelector(`:is(studio-methods, studio-bench-form)[kind="${kind}"]`)?.form() ?? {}),
-    answer: (kind, text) => document.querySelector(`studio-stage[kind="${kind}"]`)?.answer(text ? JSON.parse(text) : { error: "The studio could not take this. Its log says why." }),
+    runs: (kind) => {
+      // Gradio says nothing of a server that is gone.
+      get("jobs").catch((error) => stage(kind)?.failed(error.message));
+      return JSON.stringify(document.querySelector(`:is(studio-methods, studio-bench-form)[kind="${kind}"]`)?.form() ?? {});
+    },
+    answer: (kind, text) => stage(kind)?.answer(text ? JSON.parse(text) : { error: "The studio could not take this. Its log says why." }),
   };
 })();
 

@@ -187,6 +187,7 @@ def test_a_server_that_is_gone_is_said(open_page, served):
     page = open_page()
     made(page, served[1], "generate", FORM)
     page = open_page(page.context)
+    page.wait_for_selector("studio-stage[kind=generate] studio-player[data-ready=yes]")
     page.context.set_offline(True)
     page.locator(".st-open").click()
     expect(page.locator(".st-note")).to_have_text(
