@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from vdit_sparse.app.options import InputError
 from vdit_sparse.app.request import Request
 from vdit_sparse.calibration import read_header
-from vdit_sparse.eval.denoise import call_parameters
+from vdit_sparse.eval.denoise import call_parameters, makes_images
 from vdit_sparse.pipelines.checkpoints import Checkpoint, checkpoint_like, checkpoint_of
 
 MOST_SEED = 2**63 - 1
@@ -198,8 +198,9 @@ def check_after_loading(pipe, request: Request) -> None:
             raise InputError(
                 f"Preset {choice.preset!r} is of another model; this one has: {', '.join(presets)}."
             )
-    takes_image = "image" in call_parameters(pipe)
-    if takes_image and request.image is None:
+    # Models of images (FLUX.2, Kontext) edit one or make one.
+    needs_image = "image" in call_parameters(pipe) and not makes_images(pipe)
+    if needs_image and request.image is None:
         raise InputError("This model makes videos from images: give one with --image FILE.")
 
 

@@ -1,5 +1,6 @@
 """A request's model, loaded as the request says, and the arguments of its call."""
 
+import inspect
 import re
 from collections.abc import Sequence
 
@@ -91,7 +92,8 @@ def call_inputs(pipe, request: Request, settings: dict, image: Image.Image | Non
 def takes_encoded_text(pipe) -> bool:
     """Whether the call takes the two tensors that `encode_prompt` gives, and no masks or more."""
     names = {name for name in call_parameters(pipe) if "prompt_" in name}
-    return names == {"prompt_embeds", "negative_prompt_embeds"}
+    guided = "do_classifier_free_guidance" in inspect.signature(pipe.encode_prompt).parameters
+    return names == {"prompt_embeds", "negative_prompt_embeds"} and guided
 
 
 def _is_of_the_source(error: Exception) -> bool:

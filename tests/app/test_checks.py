@@ -4,14 +4,19 @@ import re
 
 import pytest
 
+from tests.tiny_models import tiny_wan, tiny_wan_i2v
 from tests.tiny_models.catalogue import TINY
 from vdit_sparse.app.checks import (
     Geometry,
+    check_after_loading,
     check_size,
     geometry_of,
     geometry_of_folder,
     smallest_size,
 )
+from vdit_sparse.app.loading import takes_encoded_text
+from vdit_sparse.app.options import InputError
+from vdit_sparse.app.request import Request
 
 WORDS = ("--prompt", "a cat", "--device", "cpu", "--method", "dense")
 
@@ -47,3 +52,13 @@ def test_the_sizes_that_a_loaded_pipeline_runs_at_are_allowed(name):
     for call in (tiny.call, tiny.call | tiny.odd):
         check_size(unit, (call["height"], call["width"]), call.get("num_frames"))
     assert smallest_size(tiny.pipe) == {}
+
+
+def test_models_of_images_need_none(tmp_path):
+    """FLUX.2 edits images or makes them from text, which it encodes without a negative one."""
+    pipe = TINY["flux2-klein"]().pipe
+    check_after_loading(pipe, Request(prompt="a cat", runs=(), out=tmp_path))
+    assert not takes_encoded_text(pipe)
+    with pytest.raises(InputError, match="makes videos from images"):
+        check_after_loading(tiny_wan_i2v(), Request(prompt="a cat", runs=(), out=tmp_path))
+    assert takes_encoded_text(tiny_wan())
