@@ -102,8 +102,14 @@ def cfg_parallel(target: Target, *, mesh: DeviceMesh | None = None) -> None:
 
 def parallel_mesh(device_type: str, degree: int) -> DeviceMesh:
     """A device mesh of two guidance branches times `degree` parts of the tokens, for `cfg_parallel`
-    and `context_parallel`; processes of one branch are neighbours. device_type: "cuda" or "cpu"."""
+    and `context_parallel`; processes of one branch are neighbours. device_type: "cuda" or "cpu".
+    Raises RuntimeError without processes, and ValueError for a degree below 2."""
     _need_processes("parallel_mesh")
+    if degree < 2:
+        raise ValueError(
+            "guidance and tokens together take 2 times at least 2 processes, got 2 times "
+            f"{degree}: start 4, or share one of both alone (cfg_parallel or context_parallel)."
+        )
     return init_device_mesh(device_type, (2, 1, degree), mesh_dim_names=("cfg", "ring", "ulysses"))
 
 

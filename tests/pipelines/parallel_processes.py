@@ -130,6 +130,10 @@ def guided(entry: str) -> dict:
     }
 
 
+def mesh_of_two() -> None:
+    parallel_mesh("cpu", 1)
+
+
 def unnamed_branches() -> None:
     tiny = TINY["flux-kontext"]()
     cfg_parallel(tiny.pipe)

@@ -71,6 +71,8 @@ NOTES = """\
 - **Offload**: model offload is diffusers' own call with the CPU as the device. Sequential offload
   is accelerate's on the transformer, with its weights on `meta` in between. Group offload keeps
   them on disk in between.
+- **LoRA** where diffusers' transformer loads none: `peft.inject_adapter_in_model` puts one in, on
+  a method or without.
 - **fuse_qkv_projections**: our processors call `to_q`, `to_k`, `to_v`, which diffusers keeps, and
   do not use the fused weights; stock attention has them again after `remove`.
 - **TaylorSeer** needs `cache_identifiers` that name the layers: diffusers' own patterns match none

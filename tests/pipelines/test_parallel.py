@@ -33,6 +33,7 @@ GUIDED = [("guided", name) for name in ("wan", "wan-two-experts", "flux-guided",
 REST = [
     ("wrong_length",),
     ("too_few_heads",),
+    ("mesh_of_two",),
     ("unnamed_branches",),
     ("method_first",),
     ("split_by_hand",),
@@ -43,6 +44,7 @@ REST = [
 SAID = {
     "wrong_length": "Expected 4 tokens in process",
     "too_few_heads": "1 attention heads do not go round 2 processes",
+    "mesh_of_two": "take 2 times at least 2 processes, got 2 times 1: start 4",
     "unnamed_branches": "was called for one that has no name",
     "odd_prompt": "23 tokens do not divide among 2 processes: use ulysses_anything",
     "removed_without_stock": "its stock attention cannot run: load it anew",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from peft import LoraConfig, inject_adapter_in_model
 
 from tests.pipelines import stack_table
 from tests.pipelines.stack_features import FEATURES
@@ -129,7 +130,24 @@ FEW_STEP_PRESETS = {
     "draft-z-image-few-steps": "z-image",
     "radial-wan2.1-few-steps": "wan",
 }
+WITHOUT_ADAPTERS = [x for x, outcome in OUTCOMES["lora"].items() if outcome.kind == "absent"]
 FEW = [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in ROWS]
+
+
+@pytest.mark.parametrize("entry", WITHOUT_ADAPTERS)
+def test_where_diffusers_loads_no_lora_peft_itself_puts_one_in(entry):
+    tiny = TINY[entry]()
+    model = tiny.pipe.transformer
+    apply(tiny.pipe, DENSE)
+    torch.manual_seed(0)
+    inject_adapter_in_model(
+        LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False), model
+    )
+    dense = run(tiny, 2)
+    remove(tiny.pipe)
+    assert torch.equal(run(tiny, 2), dense) and not torch.equal(dense, plain(entry, 2))
+    apply(tiny.pipe, SPARSE)
+    assert run(tiny, 2).isfinite().all() and summary(tiny.pipe).sparse_density < 1
 
 
 @pytest.mark.parametrize("steps", [4, 8])
