@@ -17,6 +17,7 @@ from PIL import Image
 from vdit_sparse.app.evaluate_report import difference, read_frames
 from vdit_sparse.app.evaluate_request import parse_part
 from vdit_sparse.app.options import InputError
+from vdit_sparse.app.video import write_video
 from vdit_sparse.eval.baseline import Baseline
 from vdit_sparse.eval.denoise import run
 from vdit_sparse.eval.store import digest, read_protocol, read_rows
@@ -89,6 +90,14 @@ def test_from_prompts_to_a_report(cli, words, tmp_path):
     assert float(second["psnr_mean"]) == pytest.approx(mean) and second["psnr_prompts"] == "2"
     assert len(list(csv.DictReader((out / "report" / "samples.csv").open()))) == 4
     assert "| 2 | draft dense_steps=1 block=64 |" in (out / "report" / "report.md").read_text()
+
+    # So do one that is gone, and one of another size.
+    other = next(row for row in draft if row is not worst)
+    (out / worst["file"]).unlink()
+    write_video(out / other["file"], torch.zeros(5, 3, 32, 32, dtype=torch.uint8), 8)
+    assert cli("eval", "report", out, "--worst", 2).exit_code == 0
+    page = (out / "report" / "report.html").read_text()
+    assert "is missing" in page and "the two files differ in size" in page
 
 
 def test_shards_and_torchrun_share_the_samples(cli, words, tmp_path, monkeypatch):
