@@ -19,13 +19,10 @@ EVERY = 0.3
 
 def add_api(desk: Desk) -> None:
     """Adds the endpoints /generate and /methods to the page that is being built."""
-    prompt, runs, settings = (
-        gr.Textbox(visible=False),
-        gr.JSON(visible=False),
-        gr.JSON(visible=False),
-    )
-    image, calibration = gr.File(visible=False), gr.File(visible=False)
-    card, files = gr.JSON(visible=False), gr.File(file_count="multiple", visible=False)
+    hidden = {"visible": False}
+    prompt, runs, settings = gr.Textbox(**hidden), gr.JSON(**hidden), gr.JSON(**hidden)
+    image, calibration = gr.File(**hidden), gr.File(**hidden)
+    card, files = gr.JSON(**hidden), gr.File(file_count="multiple", **hidden)
 
     async def generate(
         prompt: str,
