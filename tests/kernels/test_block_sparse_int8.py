@@ -147,6 +147,21 @@ def test_small_weights_survive_fp8(backend, device):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backend", ["reference", "triton", "hopper"])
+def test_queries_of_zeros_see_no_masked_key(backend, precision, device):
+    """The scale of a block of zeros is as good as 0, and -inf times 0 would be NaN."""
+    q = torch.zeros(1, 1, 128, 64, device=device, dtype=torch.float16)
+    k = torch.zeros(1, 1, 384, 64, device=device, dtype=torch.float16)
+    v = torch.randn(k.shape, generator=torch.Generator().manual_seed(0)).to(k)
+    keep = torch.ones(1, 3, dtype=torch.bool, device=device)
+    valid = torch.tensor([128, 0, 128], dtype=torch.int32, device=device)
+    mask = replace(BlockMask.from_keep(keep, 128), valid=valid)
+    out, _ = attend(backend, q, k, v, mask, precision)
+    real = torch.cat([v[:, :, :128], v[:, :, 256:]], 2).double().mean(2, keepdim=True)
+    torch.testing.assert_close(out.double(), real.expand_as(out), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["ragged", "padded keys and masked slots"])
 def test_both_paths_of_triton(name, precision, device):
     from vdit_sparse.kernels.block_sparse.int8.triton import launch

@@ -32,6 +32,8 @@ from vdit_sparse.kernels.triton_ops import (
 )
 
 SMALLEST_WIDTH = 32  # 8-bit matrix instructions take 32 numbers along the summed dimension
+# Zeros have the smallest scale there is: 0 times the -inf of a masked key would be NaN.
+SMALLEST_FACTOR = tl.constexpr(1e-30)
 LOG2_448 = tl.constexpr(8.807354922057604)  # of the largest number of e4m3
 
 
@@ -141,7 +143,7 @@ def int8_forward(
             if VALID:
                 end = tl.minimum(length, whole * BLOCK_K + tl.load(valid_ptr + whole))
             rows_t = tl.arange(0, TAIL)
-            factor = to_log2 * tl.load(k_scale_ptr + whole)
+            factor = tl.maximum(to_log2 * tl.load(k_scale_ptr + whole), SMALLEST_FACTOR)
             for part in tl.range(0, tl.cdiv(end - whole * BLOCK_K, TAIL), num_stages=1):
                 start = whole * BLOCK_K + part * TAIL
                 k = load_whole(k_ptr, start, D, rows_t, columns, D, BD)
@@ -176,7 +178,7 @@ def int8_forward(
             v = v_desc.load([b, h, start, 0]).reshape([BN, BD])
         else:
             v = load_whole(v_ptr, start, v_s, rows_n, columns, D, BD)
-        factor = to_log2 * tl.load(k_scale_ptr + block)
+        factor = tl.maximum(to_log2 * tl.load(k_scale_ptr + block), SMALLEST_FACTOR)
         inside = start + rows_n < end
         acc, peak, total = _attend_tile(
             q, k, v, factor, inside, acc, peak, total, VALID, VALID, FP8, PRECISION
