@@ -17,6 +17,12 @@ MINI = Path(__file__).parent / "mini"
 # The bundled model in few steps; a folder of this name is "./mini-fast".
 FEW_STEP = "mini-fast"
 
+# Autoencoders that their authors run in fp32, and whose pipelines hand them fp32; other pipelines
+# hand theirs what the transformer has, and fail where it is another dtype.
+FP32_VAES = ("AutoencoderKLWan",)
+# Autoencoders that diffusers decodes in tiles only.
+TILED_VAES = ("AutoencoderKLAllegro",)
+
 # Class in a checkpoint's model_index.json -> ours, imported on demand.
 PIPELINES = {
     "AllegroPipeline": "vdit_sparse.pipelines.allegro",
@@ -110,7 +116,7 @@ def load_pipeline(
         guidance, a folder, a hub id, a short name of docs/models.md such as "wan2.1-t2v-14b", or a
         file with a transformer's weights: safetensors, or GGUF, which stays quantised.
     dtype: of all weights; default bf16 on a GPU, and on a CPU that multiplies it natively, else
-        fp32. The VAE of large models stays in fp32, as their authors run it.
+        fp32. The VAE of Wan and SkyReels stays in fp32, as their authors run it.
     device: default the GPU if there is one, else the CPU.
     image_to_video: load a text-to-video checkpoint that also takes images (Wan 2.2 TI2V-5B) as its
         image-to-video pipeline.
@@ -128,8 +134,11 @@ def load_pipeline(
     dtype = dtype or default_dtype(device)
     source, parts = _parts(MINI if bundled else source_of(model), base, dtype)
     cls = _pipeline_class(source, image_to_video)
-    dtypes = dtype if bundled else {"default": dtype, "vae": torch.float32}
+    _, vae = read_json(source, INDEX).get("vae") or (None, None)
+    dtypes = {"default": dtype, "vae": torch.float32} if vae in FP32_VAES and not bundled else dtype
     pipe = _from_pretrained(cls, source, dtype=dtypes, **parts)
+    if vae in TILED_VAES:
+        pipe.vae.enable_tiling()
     pipe.generation = {**cls.generation, **_generation(source)}
     if few_step:
         pipe.generation |= load_few_step(pipe, MINI)

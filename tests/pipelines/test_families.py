@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -142,6 +143,22 @@ def test_saved_with_a_method_on_it_and_loaded_it_is_stock_again(case, tmp_path):
     assert type(again) is type(case.tiny.pipe)
     assert not any(isinstance(m.processor, SparseAttnProcessor) for m in layers_of(again))
     torch.testing.assert_close(run(again, dict(case.tiny.call)), case.stock, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", OWN, indirect=True)
+@torch.no_grad()
+def test_loaded_in_bf16_it_decodes(case, tmp_path):
+    case.tiny.pipe.save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path, dtype=torch.bfloat16, device="cpu")
+    again.set_progress_bar_config(disable=True)
+    call = {name: in_bf16(value) for name, value in case.tiny.call.items()}
+    pictures = again(**{**call, "output_type": "np"})[0]
+    assert np.isfinite(pictures).all() and np.ptp(pictures) > 0
+
+
+def in_bf16(value):
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.bfloat16() if floating else value
 
 
 def test_every_family_has_a_tiny_model_and_every_pipeline_a_class():
