@@ -16,6 +16,7 @@ from vdit_sparse.app.request import Request, parse_request
 from vdit_sparse.app.terminal import Progress
 from vdit_sparse.eval.tune import Target, Tuned
 from vdit_sparse.eval.tune import tune as search_for
+from vdit_sparse.eval.tune_allocate import OutOfReach
 from vdit_sparse.eval.tune_effect import EFFECTS
 from vdit_sparse.eval.tune_record import TuneSearch
 
@@ -115,6 +116,8 @@ def tune(request: TuneRequest, progress: Progress) -> list[str]:
             **same,
             **settings,
         )
+    except OutOfReach as error:
+        raise InputError(f"{error} {request.out} was not written.") from error
     except Exception as error:
         raise RunFailed(
             f"{type(error).__name__}: {error} ({request.out} was not written)"

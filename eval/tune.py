@@ -19,6 +19,7 @@ import torch
 
 from vdit_sparse.calibration import Calibration, save
 from vdit_sparse.eval.calibrate import calibrate, runs_of
+from vdit_sparse.eval.tune_allocate import OutOfReach
 from vdit_sparse.eval.tune_effect import EFFECTS, weights
 from vdit_sparse.eval.tune_problem import Goal, Problem, Target, Tell, Weight
 from vdit_sparse.eval.tune_record import TuneSearch
@@ -68,7 +69,7 @@ def tune(
     effects: "head", "layer" or "none", see `weights`; None is "head" up to 100 heads, else "layer".
     batch: samples that run at once, but for the measurements. settings: the other arguments of the
     pipeline's call. Stock attention is left behind, and for a speed-up the fastest dense backend.
-    Raises ValueError for a target out of reach, and what `calibrate` raises.
+    Raises OutOfReach, a ValueError, for such a target, and what `calibrate` raises.
     """
     from vdit_sparse.pipelines.attach import remove
 
@@ -89,11 +90,11 @@ def tune(
 
 
 def _check_density(target: Target, search: TuneSearch, steps: int) -> None:
-    """Raises ValueError, before anything is measured, for a density that no schedule has."""
+    """Raises OutOfReach, before anything is measured, for a density that no schedule has."""
     dense = -(-steps // (search.reach + 1))
     least = (dense + (steps - dense) * search.densities[0]) / steps
     if target.density is not None and target.density < least:
-        raise ValueError(
+        raise OutOfReach(
             f"A run of {steps} steps has a density of at least {least:.3f}, for {dense} of them "
             f"are dense; got {target.density:g}: ask for more, or for more steps."
         )

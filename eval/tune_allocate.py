@@ -12,6 +12,10 @@ from vdit_sparse.tuned_table import NOTHING
 HALVINGS = 24
 
 
+class OutOfReach(ValueError):
+    """No schedule has what was asked for."""
+
+
 @dataclass(frozen=True, eq=False)
 class Losses:
     """What a head loses between its dense steps, of one expert.
@@ -62,11 +66,11 @@ def allocate(
     each head's best schedule is found exactly, from the last step to the first (dynamic programming
     over where its dense steps are); bisection finds the lowest price at which the mean density is
     at most `density` (the Lagrangian of one budget for all heads, steps and experts). Raises
-    ValueError if no schedule within reach is as sparse as that.
+    OutOfReach, a ValueError, if no schedule within reach is as sparse as that.
     """
     least = lowest([losses for losses, _ in parts])
     if least > density:
-        raise ValueError(
+        raise OutOfReach(
             f"The lowest mean density of these candidates is {least:.3f}, expected at most "
             f"{density:g}: ask for more, or search with a longer reach or lower densities."
         )

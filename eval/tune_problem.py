@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vdit_sparse.calibration import Calibration, save
 from vdit_sparse.eval.baseline import find_baseline
-from vdit_sparse.eval.tune_allocate import Losses, allocate, lowest
+from vdit_sparse.eval.tune_allocate import Losses, OutOfReach, allocate, lowest
 from vdit_sparse.eval.tune_samples import Samples, error_db
 from vdit_sparse.tuned import TunedAttention
 
@@ -167,11 +167,11 @@ class Goal:
         return sum(values) / len(values)
 
     def best(self, weight: Weight) -> float:
-        """The most there is. Raises ValueError if it is less than what is wanted."""
+        """The most there is. Raises OutOfReach if it is less than what is wanted."""
         found = self.value(weight, self.ends[0])
         if found < self.wanted:
             name = "PSNR" if self.target.psnr is not None else "speed-up"
-            raise ValueError(
+            raise OutOfReach(
                 f"The {name} at density {self.ends[0]:.3f} is {found:.2f}, expected "
                 f"{self.wanted:g}: ask for less."
             )
