@@ -1,6 +1,7 @@
 """`load_pipeline`: hub id, folder, file or the bundled model as a pipeline that takes a method."""
 
 import json
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -134,11 +135,8 @@ def load_pipeline(
     dtype = dtype or default_dtype(device)
     source, parts = _parts(MINI if bundled else source_of(model), base, dtype)
     cls = _pipeline_class(source, image_to_video)
-    _, vae = read_json(source, INDEX).get("vae") or (None, None)
-    dtypes = {"default": dtype, "vae": torch.float32} if vae in FP32_VAES and not bundled else dtype
+    dtypes = dtype if bundled else _dtypes(source, dtype)
     pipe = _from_pretrained(cls, source, dtype=dtypes, **parts)
-    if vae in TILED_VAES:
-        pipe.vae.enable_tiling()
     pipe.generation = {**cls.generation, **_generation(source)}
     if few_step:
         pipe.generation |= load_few_step(pipe, MINI)
@@ -156,15 +154,21 @@ def _parts(
     return home, {"transformer": transformer_of(source, home, dtype)}
 
 
+def _dtypes(source: str | Path, dtype: torch.dtype) -> torch.dtype | dict[str, torch.dtype]:
+    _, vae = read_json(source, INDEX).get("vae") or (None, None)
+    return {"default": dtype, "vae": torch.float32} if vae in FP32_VAES else dtype
+
+
 def _from_pretrained(
     cls: type[DiffusionPipeline], source: str | Path, **options
 ) -> DiffusionPipeline:
-    if isinstance(source, Path):
-        if not options.get("transformer"):
-            check_ram(source)
-        return cls.from_pretrained(str(source), **options)
-    with hub_errors(source):
-        return cls.from_pretrained(source, **options)
+    if isinstance(source, Path) and not options.get("transformer"):
+        check_ram(source)
+    with hub_errors(source) if not isinstance(source, Path) else nullcontext():
+        pipe = cls.from_pretrained(str(source), **options)
+    if type(getattr(pipe, "vae", None)).__name__ in TILED_VAES:
+        pipe.vae.enable_tiling()
+    return pipe
 
 
 def defaults(pipe: DiffusionPipeline) -> dict:
