@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from vdit_sparse.app.calibrations import Source, check_calibrations
 from vdit_sparse.app.options import InputError
 from vdit_sparse.app.request import Request
-from vdit_sparse.calibration import read_header
 from vdit_sparse.eval.denoise import call_parameters, makes_images
 from vdit_sparse.pipelines.checkpoints import Checkpoint, checkpoint_like, checkpoint_of
 
@@ -50,26 +50,11 @@ def check_before_loading(request: Request) -> None:
         raise InputError(f"--offload {request.offload} needs a GPU, but the device is the CPU.")
     if request.loras and importlib.util.find_spec("peft") is None:
         raise InputError("--lora needs the package peft: run `pip install peft`.")
-    _check_calibrations(request)
     geometry = geometry_of_folder(request.model)
     if geometry is not None:
         check_size(geometry, request.size, request.num_frames)
+    check_calibrations(request, source_of_folder(request.model))
     check_folder(request.out, request.overwrite)
-
-
-def _check_calibrations(request: Request) -> None:
-    """Calibration files that were named; what they were made for is known with the model only."""
-    for choice in request.runs:
-        path = getattr(choice.method, "calibration", None)
-        if path is None or Path(path).is_dir():
-            continue
-        try:
-            header = read_header(path)
-        except (FileNotFoundError, ValueError) as error:
-            raise InputError(str(error)) from error
-        wanted = type(choice.method).__name__
-        if header["method"] != wanted:
-            raise InputError(f"{path} is a calibration of {header['method']}, not of {wanted}.")
 
 
 def check_device(name: str | None) -> torch.device:
@@ -128,26 +113,42 @@ def read_image(path: Path | None) -> Image.Image | None:
 def geometry_of_folder(model: str | Path | None) -> Geometry | None:
     """The geometry of the bundled model (None or mini-fast), of a published one or of a model in a
     folder, read off its configuration; None where that does not say."""
+    found = source_of_folder(model).checkpoint
+    return None if found is None else _geometry(found)
+
+
+def source_of_folder(model: str | Path | None) -> Source:
+    """What is known, before it is loaded, of the models that `geometry_of_folder` knows."""
     published = checkpoint_of(str(model))
     if published is not None:
-        return _geometry(published)
+        return Source(published, published.pipeline)
     folder = bundled_model() if model in BUNDLED else Path(model)
     try:
-        vae = json.loads((folder / "vae" / "config.json").read_text())
-        transformer = json.loads((folder / "transformer" / "config.json").read_text())
-        return _geometry(checkpoint_like(transformer["_class_name"], transformer, vae))
+        index, vae, transformer = (
+            json.loads((folder / name).read_text())
+            for name in ("model_index.json", "vae/config.json", "transformer/config.json")
+        )
+        like = checkpoint_like(transformer["_class_name"], transformer, vae)
+        own = folder / "generation.json"
+        settings = json.loads(own.read_text()) if own.is_file() else {}
+        found = folder / "calibrations"
+        return Source(like, index["_class_name"], settings, str(found) if found.is_dir() else "")
     except (OSError, ValueError, KeyError):
-        return None
+        return Source()
 
 
 def geometry_of(pipe) -> Geometry | None:
     """The geometry of a loaded pipeline; None where nothing is known of its class."""
+    found = _checkpoint_of(pipe)
+    return None if found is None else _geometry(found)
+
+
+def _checkpoint_of(pipe) -> Checkpoint | None:
     transformer = pipe.transformer or pipe.transformer_2
     try:
-        like = checkpoint_like(type(transformer).__name__, transformer.config, pipe.vae.config)
+        return checkpoint_like(type(transformer).__name__, transformer.config, pipe.vae.config)
     except (AttributeError, ValueError):  # a pipeline without an autoencoder, an unknown class
         return None
-    return _geometry(like)
 
 
 def smallest_size(pipe) -> dict[str, int]:
@@ -184,14 +185,18 @@ def check_size(
 
 
 def check_after_loading(pipe, request: Request) -> None:
-    """Raises InputError for what only the loaded pipeline can tell: sizes of models from the hub,
-    presets of another family, a missing or superfluous image."""
+    """Raises InputError for what only the loaded pipeline can tell: sizes and calibrations of
+    models from the hub, presets of another family, a missing or superfluous image."""
     from vdit_sparse.pipelines.families import family_of
+    from vdit_sparse.pipelines.target import origin_of
 
     geometry = geometry_of(pipe)
     if geometry is not None:
         check_size(geometry, request.size, request.num_frames)
     transformer = pipe.transformer or pipe.transformer_2
+    folder = origin_of(pipe, "transformer", transformer).calibrations
+    source = Source(_checkpoint_of(pipe), type(pipe).__name__, pipe.generation, folder)
+    check_calibrations(request, source)
     presets = family_of(transformer).presets
     for choice in request.runs:
         if choice.preset is not None and choice.preset not in presets:

@@ -78,9 +78,10 @@ def test_a_file_is_made_and_used(cli, words, tmp_path, tiny_model):
     assert warning.startswith("Warning: ") and "steps of the file 2, of this run 3" in warning
     # Another size, and no file at all.
     done = cli(*video, *SMALL, "--size", "128x64", "--out", tmp_path / "c")
-    assert done.exit_code == 1 and "was made for something else: grid" in lines_of(done)[-1]
+    assert done.exit_code == 2 and "were asked for" in lines_of(done)[-1]
     done = cli(*video[:-2], *SMALL, "--out", tmp_path / "c")
-    assert done.exit_code == 1 and "needs a calibration" in lines_of(done)[-1]
+    assert done.exit_code == 2 and "needs a calibration" in lines_of(done)[-1]
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_former_file_is_left_alone_unless_told(cli, words, tmp_path):
