@@ -1,4 +1,4 @@
-"""Videos of one prompt: the same model, text and noise through several methods, and a report."""
+"""Videos (or images) of one prompt: same model, text and noise, several methods, and a report."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from vdit_sparse.app.checks import check_before_loading, read_image, smallest_size
 from vdit_sparse.app.environment import commit, machine, versions
 from vdit_sparse.app.loading import call_inputs, load, settings_of, takes_encoded_text
-from vdit_sparse.app.options import RunChoice
+from vdit_sparse.app.options import InputError, RunChoice
 from vdit_sparse.app.processes import processes
 from vdit_sparse.app.report import Finished, Report, files_of_former_report, panel
 from vdit_sparse.app.request import Request
 from vdit_sparse.app.terminal import Progress
-from vdit_sparse.app.video import contact_sheet, side_by_side, write_image, write_video
+from vdit_sparse.app.video import contact_sheet, file_of, side_by_side, write_clip, write_image
 from vdit_sparse.calibration import CalibratedAttention
-from vdit_sparse.eval.denoise import execution_device, run, warm_up
+from vdit_sparse.eval.denoise import execution_device, makes_images, run, warm_up
 from vdit_sparse.eval.metrics import QUICK_METRICS
 
 
@@ -25,11 +25,12 @@ class RunFailed(Exception):
 def generate(
     request: Request, progress: Progress, load: Callable[[Request], object] = load
 ) -> Report:
-    """Makes the videos, and writes them with their comparison and report into `request.out`.
+    """Makes the videos, or with a model of images the images, and writes them with their
+    comparison and report into `request.out`.
 
     load: gives the request's pipeline, as `app.loading.load` does; the studio keeps its own.
 
-    Each video and the report are written as soon as a run is finished, so a later failure loses
+    Each of them and the report are written as soon as a run is finished, so a later failure loses
     nothing; while none is, the folder keeps what it had. Raises InputError for what the caller can
     put right, and RunFailed for a run that went wrong; KeyboardInterrupt passes.
     """
@@ -38,7 +39,7 @@ def generate(
     progress("loading the model", 0, None)
     started = time.perf_counter()
     pipe = load(request)
-    settings = settings_of(pipe, request)
+    settings = checked_settings(pipe, request)
     inputs = call_inputs(pipe, request, settings, image)
     progress("loading the model", 1, 1)
     facts = _facts(pipe, request, settings)
@@ -87,6 +88,8 @@ class _Session:
         calibrated = isinstance(choice.method, CalibratedAttention)
         whole = calibrated or needs_full_warm_up(self.pipe, self.request)
         small = {} if whole else smallest_size(self.pipe)
+        # Autoencoders of videos serve models of images too, whose calls have no frames.
+        small = {key: value for key, value in small.items() if key in self.inputs}
         warmup_steps = warm_up(self.pipe, choice.method, {**self.inputs, **small})
         self.progress(f"{name}: warming up", 1, 1)
         on_step(0, self.inputs["num_inference_steps"])
@@ -110,7 +113,7 @@ class _Session:
         if not self.report.runs:
             for file in files_of_former_report(out):
                 file.unlink(missing_ok=True)
-        write_video(out / finished.file, finished.clip.frames, self.fps)
+        write_clip(out / finished.file, finished.clip.frames, self.fps)
         self.report.runs.append(finished)
         self.report.files.append(finished.file)
         self.report.write(out)
@@ -122,8 +125,25 @@ class _Session:
         write_image(out / "contact_sheet.png", contact_sheet(panels, heading))
         report.files.append("contact_sheet.png")
         if len(panels) > 1:
-            write_video(out / "side_by_side.mp4", side_by_side(panels), self.fps)
-            report.files.append("side_by_side.mp4")
+            beside = side_by_side(panels)
+            report.files.append(file_of("side_by_side", beside))
+            write_clip(out / report.files[-1], beside, self.fps)
+
+
+def checked_settings(pipe, request: Request) -> dict:
+    """As `settings_of`; a model of images has no number of frames. Raises InputError where it is
+    asked for more than one, or an image comes without a size to fit it to."""
+    settings = settings_of(pipe, request)
+    if makes_images(pipe):
+        if request.num_frames not in (None, 1):
+            raise InputError(
+                f"{type(pipe).__name__} makes images: leave --num-frames out, got "
+                f"{request.num_frames}."
+            )
+        settings.pop("num_frames", None)
+    if request.image is not None and not (settings.get("height") and settings.get("width")):
+        raise InputError("This model has no size of its own to fit --image to: give --size HxW.")
+    return settings
 
 
 def needs_full_warm_up(pipe, request: Request) -> bool:

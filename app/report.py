@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from vdit_sparse.app.options import RunChoice
-from vdit_sparse.app.video import Panel, new_file
+from vdit_sparse.app.video import Panel, file_of, new_file
 from vdit_sparse.eval.denoise import Clip
 
 SCHEMA = 1
@@ -20,9 +20,9 @@ FILE = "report.json"
 class Finished:
     """One finished run.
 
-    name: unique among the runs; its video is `<name>.mp4`. speedup, metrics: against the first
-    dense run; None and empty where there is none, and for that run itself. reference: whether it is
-    that run. warmup_steps: untimed steps before it.
+    name: unique among the runs; its video is `<name>.mp4`, its image `<name>.png`. speedup,
+    metrics: against the first dense run; None and empty where there is none, and for that run
+    itself. reference: whether it is that run. warmup_steps: untimed steps before it.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Finished:
 
     @property
     def file(self) -> str:
-        return f"{self.name}.mp4"
+        return file_of(self.name, self.clip.frames)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Frames to files: mp4, the labelled side-by-side, the contact sheet; never a partial file."""
+"""Frames to files: mp4 or PNG, labelled side-by-side, contact sheet; never a partial file."""
 
 import contextlib
 import math
@@ -39,6 +39,20 @@ class Panel:
     frames: Tensor
     title: str
     caption: str = ""
+
+
+def file_of(name: str, frames: Tensor) -> str:
+    """What the file of frames `[T, 3, H, W]` is called: an mp4, of one frame a PNG."""
+    return f"{name}.png" if len(frames) == 1 else f"{name}.mp4"
+
+
+def write_clip(path: Path, frames: Tensor, fps: float) -> None:
+    """Frames uint8 `[T, 3, H, W]` as `write_video`, a single one as `write_image`: a path that
+    `file_of` named. An image keeps an odd size and every pixel."""
+    if len(frames) == 1:
+        write_image(path, frames[0])
+    else:
+        write_video(path, frames, fps)
 
 
 def write_video(path: Path, frames: Tensor, fps: float) -> None:

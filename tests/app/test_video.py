@@ -11,8 +11,10 @@ from vdit_sparse.app.video import (
     GAP,
     Panel,
     contact_sheet,
+    file_of,
     new_file,
     side_by_side,
+    write_clip,
     write_image,
     write_video,
 )
@@ -38,6 +40,16 @@ def test_a_video_reads_back(tmp_path):
 def test_an_odd_size_is_padded_by_a_pixel(tmp_path):
     write_video(tmp_path / "a.mp4", clip(height=33, width=47), fps=8)
     assert iio.imread(tmp_path / "a.mp4").shape == (5, 34, 48, 3)
+
+
+def test_one_frame_is_an_image_with_every_pixel(tmp_path):
+    frames = clip(1, height=33, width=47)
+    path = tmp_path / file_of("a", frames)
+    write_clip(path, frames, fps=8)
+    read = torch.from_numpy(iio.imread(tmp_path / "a.png"))
+    assert torch.equal(read, frames[0].permute(1, 2, 0))
+    write_clip(tmp_path / file_of("a", clip(2)), clip(2), fps=8)
+    assert iio.imread(tmp_path / "a.mp4").shape == (2, 32, 48, 3)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
