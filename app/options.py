@@ -63,13 +63,17 @@ class RunChoice:
 
     @property
     def label(self) -> str:
-        """The name, and the fields that differ from the method's defaults."""
+        """The name, and the fields that differ from the method's defaults; a file by its name, for
+        a label is seen by whoever sees the video."""
         if self.method is None:
             return self.name
+        values = {x.name: getattr(self.method, x.name) for x in dataclasses.fields(self.method)}
+        if values.get("calibration") is not None:
+            values["calibration"] = Path(values["calibration"]).name
         changed = [
-            f"{field.name}={show_value(getattr(self.method, field.name))}"
+            f"{field.name}={show_value(values[field.name])}"
             for field in dataclasses.fields(self.method)
-            if getattr(self.method, field.name) != field.default
+            if values[field.name] != field.default
         ]
         return " ".join([self.preset or self.name, *([] if self.preset else changed)])
 

@@ -140,3 +140,10 @@ def test_loras_have_weights(tmp_path):
     for wrong in (":0.5", "who/what:nan", str(tmp_path / "other.safetensors")):
         with pytest.raises(InputError, match="LoRA|--lora"):
             parse_lora(wrong)
+
+
+def test_a_label_names_a_calibration_without_its_folders():
+    choice = parse_compare("paro:calibration=/srv/users/ann/paro.safetensors,dense_steps=2")
+    assert choice.label == "paro dense_steps=2 calibration=paro.safetensors"
+    assert choice.method.calibration == "/srv/users/ann/paro.safetensors"
+    assert parse_compare("paro").label == "paro"
