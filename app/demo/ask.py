@@ -59,6 +59,10 @@ def read(form: dict, studio: Studio, out: Path, uploads: dict[str, Path]) -> Req
     given = {name: value for name, value in form.items() if value not in (None, "")}
     _check_entries(given)
     model = resolve(given.get("model", ""), studio)
+    found = known(model)
+    # An image is a video of one frame, but its model is not told so.
+    if found.images and given.get("num_frames") == 1:
+        del given["num_frames"]
     calibration, image = (_uploaded(given.get(name), uploads) for name in UPLOADS)
     runs = [_run(text, calibration) for text in given.get("runs", ())]
     if not runs:
@@ -68,8 +72,11 @@ def read(form: dict, studio: Studio, out: Path, uploads: dict[str, Path]) -> Req
     words |= {"model": model, "device": studio.device, "image": image}
     words["command"] = shlex.join(command_words(given, calibration, image))
     request = dataclasses.replace(parse_request(words), runs=tuple(runs))
-    local = model is None or Path(model).is_dir()
-    check_limits(request, known(model).defaults if local else {}, studio.limits)
+    if found.images and request.num_frames is not None:
+        raise InputError(
+            f"This model makes images: leave num_frames out, got {request.num_frames}."
+        )
+    check_limits(request, found.defaults, studio.limits, found.images)
     return request
 
 

@@ -48,16 +48,15 @@ class Desk:
 
     def about(self, model: str) -> dict:
         """What a model makes by default, and its presets. Raises InputError as `resolve`."""
-        source = models.resolve(model, self.studio)
-        if source is not None and not Path(source).is_dir():
-            return {"defaults": {}, "geometry": None, "presets": [], "takes_image": False}
-        found = models.known(source)
+        found = models.known(models.resolve(model, self.studio))
         unit = found.geometry
         return {
             "defaults": found.defaults,
             "geometry": unit and [unit.height, unit.width, unit.frames],
             "presets": list(found.presets),
             "takes_image": found.takes_image,
+            "images": found.images,
+            "refused": found.refused,
         }
 
     def submit(self, owner: str, kind: str, form: dict) -> Job:

@@ -7,16 +7,19 @@ from vdit_sparse.app.options import InputError
 from vdit_sparse.app.request import Request
 
 MEGABYTE = 2**20
+# An image is one frame, so it may have more pixels than a video's.
+LARGER = 2
 
 
 @dataclass(frozen=True)
 class Limits:
     """The most that one request, one user or all of them may have.
 
-    pixels: height times width of a frame; frames, steps: of a video; compared: methods beside
-    dense; prompt: characters; waiting: jobs in the queue, of all users; each: of these, of one
-    user; kept: finished runs of one user, of which the oldest go first; body: bytes of an HTTP
-    request; patience: seconds after which a job goes on no more if no page asks for it.
+    pixels: height times width of a frame, an image may have twice as many; frames, steps: of a
+    video; compared: methods beside dense; prompt: characters; waiting: jobs in the queue, of all
+    users; each: of these, of one user; kept: finished runs of one user, of which the oldest go
+    first; body: bytes of an HTTP request; patience: seconds after which a job goes on no more if no
+    page asks for it.
     """
 
     pixels: int = 1280 * 768
@@ -49,13 +52,15 @@ class Studio:
     limits: Limits = field(default_factory=Limits)
 
 
-def check_limits(request: Request, defaults: dict, limits: Limits) -> None:
+def check_limits(request: Request, defaults: dict, limits: Limits, image: bool) -> None:
     """Raises InputError if a request is larger than the limits allow; what it leaves to the model
-    is judged by the model's `defaults`, as far as they are known."""
+    is judged by the model's `defaults`, as far as they are known. image: whether it makes images.
+    """
     height, width = request.size or (defaults.get("height"), defaults.get("width"))
+    most_pixels = limits.pixels * (LARGER if image else 1)
     sparse = sum(choice.method is not None for choice in request.runs)
     asked = (
-        ("pixels in a frame", (height or 0) * (width or 0), limits.pixels),
+        ("pixels in a frame", (height or 0) * (width or 0), most_pixels),
         ("frames", request.num_frames or defaults.get("num_frames"), limits.frames),
         ("steps", request.steps or defaults.get("num_inference_steps"), limits.steps),
         ("methods to compare", sparse, limits.compared),

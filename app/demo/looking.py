@@ -13,8 +13,9 @@ from vdit_sparse.app.demo.ask import UPLOADS
 from vdit_sparse.app.demo.runs import PICTURE, Pipelines, VideoWork, watching
 from vdit_sparse.app.demo.store import Store
 from vdit_sparse.app.demo.worker import Job
+from vdit_sparse.app.generate import checked_settings
 from vdit_sparse.app.inspect import spread
-from vdit_sparse.app.loading import call_inputs, settings_of
+from vdit_sparse.app.loading import call_inputs
 from vdit_sparse.app.options import InputError
 from vdit_sparse.app.request import Request
 from vdit_sparse.eval.files import new_file
@@ -23,7 +24,8 @@ from vdit_sparse.eval.inspect import TABLES, Inspection, Look, inspect, layers_o
 # Bytes of the maps of one run.
 MOST_BYTES = 256 * 2**20
 MOST_STEPS, MOST_LAYERS = 8, 8
-VIDEO = "video.mp4"
+# What its video is called, or its image, before the suffix.
+VIDEO = "video"
 # Of the arguments of a call, what `inspect` is given by name.
 OWN = ("prompt", "seed", "fps")
 
@@ -47,7 +49,7 @@ class InspectWork:
         folder = self.request.out
         card |= {
             "kind": job.kind,
-            "video": VIDEO,
+            "video": _copied(card),
             "method": found.method,
             "grid": [found.grid.frames, found.grid.height, found.grid.width, found.grid.text],
             "layers": found.layers,
@@ -68,7 +70,7 @@ class InspectWork:
             same = card.get("command") == self.request.command and card["kind"] == "generate"
             if same and _same_uploads(old, self.request.out):
                 self.request.out.mkdir(parents=True, exist_ok=True)
-                shutil.copy(old / card["runs"][0]["file"], self.request.out / VIDEO)
+                shutil.copy(old / card["runs"][0]["file"], self.request.out / _copied(card))
                 for name in (*card["files"], PICTURE):
                     shutil.copy(old / name, self.request.out / name)
                 return card
@@ -76,11 +78,12 @@ class InspectWork:
 
     def _video(self, job: Job) -> dict:
         card = VideoWork(self.pipelines, self.store, self.request, self.model).make(job)
-        shutil.copy(self.request.out / card["runs"][0]["file"], self.request.out / VIDEO)
+        out = self.request.out
+        shutil.copy(out / card["runs"][0]["file"], out / _copied(card))
         return card
 
     def _inspect(self, job: Job, pipe) -> Inspection:
-        settings = settings_of(pipe, self.request)
+        settings = checked_settings(pipe, self.request)
         inputs = call_inputs(pipe, self.request, settings, read_image(self.request.image))
         count = settings["num_inference_steps"]
         kept = {name: value for name, value in inputs.items() if name not in OWN}
@@ -104,6 +107,11 @@ class InspectWork:
             raise InputError(str(error)) from error
 
 
+def _copied(card: dict) -> str:
+    """What the video (or image) of a run's card is called beside the maps."""
+    return VIDEO + Path(card["runs"][0]["file"]).suffix
+
+
 def _same_uploads(old: Path, new: Path) -> bool:
     """Whether two runs had the same files; their command lines call all of them the same."""
     files = [[folder / name for folder in (old, new)] for name in UPLOADS.values()]
@@ -115,7 +123,7 @@ def write_look(folder: Path, look: Look) -> dict:
     """Writes the maps of a look to one file, and gives what is in it at which byte.
 
     Of each head: share, uint8 of the visited share of each pair of blocks; mass, fp16; keep, uint8
-    in plan order; order, int32, or null.
+    in plan order; ordered, fp16, the mass in plan order, and order, int32, or null for both.
     """
     name, parts, at, heads = f"look-{look.step}-{look.layer}.bin", [], 0, []
     for head, found in sorted(look.maps.items()):
@@ -124,6 +132,7 @@ def write_look(folder: Path, look: Look) -> dict:
             "share": (plan.raster_share() * 255).round().byte().numpy(),
             "mass": found.mass.numpy(),
             "keep": plan.keep.byte().cpu().numpy(),
+            "ordered": None if found.ordered is None else found.ordered.numpy(),
             "order": None if plan.order is None else plan.order.int().cpu().numpy(),
         }
         entry = {"head": head, "blocks": list(plan.blocks), "tokens": plan.tokens}

@@ -9,11 +9,16 @@ from pathlib import Path
 from vdit_sparse.app.checks import BUNDLED, Geometry, bundled_model, geometry_of_folder
 from vdit_sparse.app.demo.limits import Studio
 from vdit_sparse.app.options import InputError
+from vdit_sparse.methods import METHODS
+from vdit_sparse.pipelines.checkpoints import checkpoint_of
+from vdit_sparse.pipelines.images import refuses_images
 
 BUNDLED_NAME = "bundled"
 FEW_STEP_NAME = "mini-fast"
 # Formats that run code when they are read.
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+# Pixels of an image's side, where neither its call nor its transformer has a size of its own.
+IMAGE_SIDE = 1024
 ARGUMENTS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 
 
@@ -22,13 +27,16 @@ class Known:
     """What can be said of a model without loading it; empty or None where nothing is known.
 
     defaults: arguments of its call; geometry: sizes that it can have; presets: names; takes_image:
-    whether it makes videos from an image.
+    whether it makes videos from an image. images: whether it makes images, not videos; refused:
+    names of methods that it cannot run.
     """
 
     defaults: dict
     geometry: Geometry | None
     presets: tuple[str, ...]
     takes_image: bool
+    images: bool = False
+    refused: tuple[str, ...] = ()
 
 
 def offered(studio: Studio) -> list[str]:
@@ -76,23 +84,41 @@ def _below_root(name: str, studio: Studio) -> Path:
 
 
 def known(model: str | None) -> Known:
-    """What the files of a model say; `model` as `resolve` gives it."""
-    folder = bundled_model() if model in BUNDLED else Path(model)
-    pipeline, transformer = (
-        _json(folder / name).get("_class_name")
-        for name in ("model_index.json", "transformer/config.json")
-    )
+    """What the files of a model say, of a published one the table of those; nothing of another one
+    that is not here. `model` as `resolve` gives it."""
+    published = checkpoint_of(str(model))
+    if published is None:
+        pipeline, config, own = _of_folder(model)
+    else:
+        height, width = published.size
+        own = {"height": height, "width": width, "num_inference_steps": published.steps}
+        pipeline, config = published.pipeline, {"_class_name": published.transformer}
+        own |= {"num_frames": published.frames} if published.frames > 1 else {}
     stock = _signature(pipeline)
+    images = bool(stock) and "num_frames" not in stock
     arguments = {name: stock[name].default for name in ARGUMENTS if name in stock}
-    own = _json(folder / "generation.json")
-    if model == FEW_STEP_NAME:
-        own |= _json(_few_step() / "generation.json")
+    if images and arguments.get("height", 0) is None:
+        side = 8 * config["sample_size"] if "sample_size" in config else IMAGE_SIDE
+        arguments |= {"height": side, "width": side}
     return Known(
         {**arguments, "fps": 16, **own},
         geometry_of_folder(model),
-        _presets(transformer, model in BUNDLED),
+        _presets(config.get("_class_name"), model in BUNDLED),
         "image" in stock,
+        images,
+        tuple(name for name in METHODS if images and refuses_images(None, METHODS[name]())),
     )
+
+
+def _of_folder(model: str | None) -> tuple[str | None, dict, dict]:
+    """What the files of a model say: the class of its pipeline, the configuration of its
+    transformer, and the arguments that it brings along."""
+    folder = bundled_model() if model in BUNDLED else Path(model)
+    own = _json(folder / "generation.json")
+    if model == FEW_STEP_NAME:
+        own |= _json(_few_step() / "generation.json")
+    pipeline = _json(folder / "model_index.json").get("_class_name")
+    return pipeline, _json(folder / "transformer/config.json"), own
 
 
 def _few_step() -> Path:

@@ -130,7 +130,7 @@ def _about(desk: Desk) -> Callable:
         most = 1 + (limits.frames - 1) // unit[2] * unit[2]
         return (
             gr.update(choices=sizes, value=sizes[0] if sizes else None),
-            gr.update(value=frames, step=unit[2], maximum=most),
+            gr.update(value=frames, step=unit[2], maximum=most, visible=not found["images"]),
             gr.update(value=min(own.get("num_inference_steps") or 50, limits.steps)),
             gr.update(value=own.get("guidance_scale") or 0),
         )

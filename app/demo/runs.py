@@ -85,7 +85,9 @@ class VideoWork:
         frames = report.runs[-1].clip.frames
         write_image(out / PICTURE, frames[len(frames) // 2])
         settings = report.facts["settings"]
-        text = script(self.request, names, self.model, settings["fps"])
+        # One frame is a picture, and only models of images have no number of frames.
+        fps, images = settings["fps"] if len(frames) > 1 else None, "num_frames" not in settings
+        text = script(self.request, names, self.model, fps, images=images)
         for file, content in ((SCRIPT, text), (COMMAND, self.request.command + "\n")):
             with new_file(out / file) as temporary:
                 temporary.write_text(content)
@@ -142,10 +144,12 @@ def _blocks(pipe) -> Iterator[nn.Module]:
 
 
 def _vmaf(report: Report) -> Iterator[float | None]:
-    """VMAF of each run against the reference; None for that run, and where it cannot be had."""
+    """VMAF of each run against the reference; None for that run, for images, of which it says
+    nothing that its model of videos was made for, and where it cannot be had."""
     metric = METRICS["vmaf"]
     reference = next((run for run in report.runs if run.reference), None)
     usable = reference is not None and metric.unavailable() is None
+    usable = usable and len(reference.clip.frames) > 1
     for run in report.runs:
         measured = usable and run is not reference
         yield metric(run.clip.frames, reference.clip.frames) if measured else None

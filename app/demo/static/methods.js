@@ -14,7 +14,7 @@ class StudioMethods extends HTMLElement {
       this.more.hidden = true;
       return;
     }
-    this.own = [];
+    this.own = this.refused = [];
     studio.on("model", (name) => this.fit(name));
     await this.fit(studio.chosen);
   }
@@ -26,6 +26,7 @@ class StudioMethods extends HTMLElement {
     const about = await studio.get(`model?name=${encodeURIComponent(model ?? "")}`).catch(() => ({ presets: [] }));
     if (this.model !== model) return;
     this.own = about.presets;
+    this.refused = about.refused ?? [];
     const wanted = this.most > 1 ? Math.min(2, this.most) : 1;
     this.list.replaceChildren();
     for (let i = 0; i < wanted; i++) this.add();
@@ -35,11 +36,12 @@ class StudioMethods extends HTMLElement {
   add() {
     const taken = [...this.list.children].map((one) => one.choice);
     // Calibrations are for one size: what runs at any is offered first.
-    const calibrated = (name) => this.forms.methods.find((one) => one.name === this.forms.presets[name].method).calibrated;
-    const free = this.own.filter((name) => !taken.includes(name)).sort((a, b) => calibrated(a) - calibrated(b));
-    const name = free[0] ?? this.forms.methods.map((one) => one.name).find((one) => !taken.includes(one)) ?? "radial";
+    const calibrated = (name) => this.forms.methods.find((one) => one.name === (this.forms.presets[name]?.method ?? name)).calibrated;
+    const forms = { ...this.forms, methods: this.forms.methods.filter((one) => !this.refused.includes(one.name)) };
+    const all = [...this.own, ...forms.methods.map((one) => one.name)].filter((name) => !taken.includes(name));
+    const name = all.sort((a, b) => calibrated(a) - calibrated(b))[0] ?? "dense";
     const one = document.createElement("studio-method");
-    one.set(this.forms, this.own, name, this.most > 1 && (() => { one.remove(); this.count(); }));
+    one.set(forms, this.own, name, this.most > 1 && (() => { one.remove(); this.count(); }));
     this.list.append(one);
     this.count();
   }

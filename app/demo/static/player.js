@@ -1,5 +1,5 @@
 // <studio-player>: several videos of one length as one: they play, scrub and step together, frame by
-// frame, beside each other, behind a wipe, or as an amplified difference.
+// frame, beside each other, behind a wipe, or as an amplified difference. Images are of one frame.
 "use strict";
 
 const MEMORY = 400e6; // bytes of decoded frames; larger videos are shown smaller
@@ -22,7 +22,7 @@ class StudioPlayer extends HTMLElement {
     const step = (by, label, sign) => h("button", { class: "st-icon", "aria-label": label, title: label, onclick: () => this.step(by) }, sign);
     this.views = h("div", { class: "st-segments", role: "group", "aria-label": "View" }, [["side", "Side by side"], ["wipe", "Wipe"], ["difference", "Difference"]].map(([view, title]) =>
       h("button", { "data-view": view, onclick: () => this.setView(view) }, title)));
-    const pick = (side) => h("select", { "aria-label": side === "a" ? "First video" : "Second video", onchange: (event) => { this[side] = Number(event.target.value); this.layout(); } },
+    const pick = (side) => h("select", { "aria-label": `${side === "a" ? "First" : "Second"} ${this.frames > 1 ? "video" : "image"}`, onchange: (event) => { this[side] = Number(event.target.value); this.layout(); } },
       this.tracks.map((track, i) => h("option", { value: String(i) }, track.title)));
     this.pickA = pick("a"); this.pickB = pick("b");
     this.pickA.value = this.a; this.pickB.value = this.b;
@@ -31,7 +31,7 @@ class StudioPlayer extends HTMLElement {
     this.pairs = h("div", { class: "st-pairs" }, this.pickA, h("span", { class: "st-faint" }, "and"), this.pickB, h("label", { class: "st-gain" }, "amplified", this.gainInput, this.gainSaid));
     const several = this.tracks.length > 1;
     this.replaceChildren(several ? h("div", { class: "st-views" }, this.views, this.pairs) : "", this.screens,
-      h("div", { class: "st-transport" }, this.playButton, step(-1, "One frame back", "‹"), step(1, "One frame on", "›"), this.slider, this.counter));
+      this.frames > 1 ? h("div", { class: "st-transport" }, this.playButton, step(-1, "One frame back", "‹"), step(1, "One frame on", "›"), this.slider, this.counter) : "");
     this.layout();
   }
 
@@ -51,7 +51,7 @@ class StudioPlayer extends HTMLElement {
     };
     const a = this.tracks[this.a].title, b = this.tracks[this.b].title;
     const wanted = this.view === "side" ? this.tracks.map((track) => screen(track.title)) :
-      this.view === "wipe" ? [screen(`${a} | ${b}`, "drag the line")] : [screen(`${a} − ${b}`, "files are compressed, so some of this is the codec")];
+      this.view === "wipe" ? [screen(`${a} | ${b}`, "drag the line")] : [screen(`${a} − ${b}`, this.frames > 1 ? "files are compressed, so some of this is the codec" : null)];
     this.canvases = wanted.map((one) => one.canvas);
     this.screens.replaceChildren(...wanted.map((one) => one.element));
     this.screens.dataset.count = wanted.length;
@@ -100,7 +100,7 @@ class StudioPlayer extends HTMLElement {
     if (!this.isConnected) return;
     this.dataset.ready = "yes";
     this.draw();
-    this.play(!matchMedia("(prefers-reduced-motion: reduce)").matches);
+    this.play(this.frames > 1 && !matchMedia("(prefers-reduced-motion: reduce)").matches);
   }
 
   play(on) {
@@ -133,7 +133,7 @@ class StudioPlayer extends HTMLElement {
 
   key(key) {
     const actions = { " ": () => this.play(!this.playing), ArrowLeft: () => this.step(-1), ArrowRight: () => this.step(1), 1: () => this.setView("side"), 2: () => this.setView("wipe"), 3: () => this.setView("difference") };
-    if (!actions[key] || (this.tracks.length < 2 && "123".includes(key))) return false;
+    if (!actions[key] || ("123".includes(key) ? this.tracks.length : this.frames) < 2) return false;
     actions[key]();
     return true;
   }

@@ -25,7 +25,9 @@ class StudioResults extends HTMLElement {
 
   table(runs, compared) {
     const { h } = studio;
-    const columns = compared ? COLUMNS : COLUMNS.slice(0, 2);
+    // VMAF is a model of videos.
+    const all = this.card.frames > 1 ? COLUMNS : COLUMNS.filter(([name]) => name !== "VMAF");
+    const columns = compared ? all : all.slice(0, 2);
     return h("div", { class: "st-scroll" }, h("table", { class: "st-table" },
       h("thead", {}, h("tr", {}, h("th", {}, "run"), columns.map(([name, help]) => h("th", { title: help }, name)))),
       h("tbody", {}, runs.map((run) => h("tr", {}, h("th", {}, run.name, run.label !== run.name ? h("span", { class: "st-faint" }, run.label) : null, run.backend ? h("span", { class: "st-faint" }, `${run.backend} kernel`) : null),
@@ -35,7 +37,7 @@ class StudioResults extends HTMLElement {
   downloads(card) {
     const { h } = studio;
     const link = (name, text) => h("a", { class: "st-chip", href: studio.file(card.name, name), download: name }, text);
-    return h("div", { class: "st-downloads" }, card.files.map((name) => link(name, { "report.json": "figures (JSON)", "side_by_side.mp4": "side by side", "contact_sheet.png": "contact sheet" }[name] ?? name)));
+    return h("div", { class: "st-downloads" }, card.files.map((name) => link(name, { "report.json": "figures (JSON)", "side_by_side.mp4": "side by side", "side_by_side.png": "side by side", "contact_sheet.png": "contact sheet" }[name] ?? name)));
   }
 
   repeat(card) {

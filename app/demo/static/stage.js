@@ -3,7 +3,7 @@
 "use strict";
 
 const EMPTY = {
-  generate: ["Nothing made yet", "Write what the video shows, choose a method and press Generate."],
+  generate: ["Nothing made yet", "Write what it shows, choose a method and press Generate."],
   compare: ["Nothing compared yet", "Choose up to three methods: each starts from the same noise as dense attention."],
   inspect: ["Nothing to look into yet", "A run with a method shows which blocks each layer and head keeps, and what it misses."],
   bench: ["Nothing measured yet", "The kernels of this machine, timed after each was checked."],

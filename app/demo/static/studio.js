@@ -88,7 +88,7 @@ const studio = (() => {
   const seconds = (value) =>
     value === null || value === undefined ? "–" : value >= 90 ? `${Math.floor(value / 60)} min ${Math.round(value % 60)} s` : value >= 10 ? `${Math.round(value)} s` : `${value.toFixed(1)} s`;
   // What a run was of, in short.
-  const facts = (card) => [`seed ${card.settings.seed}`, `${card.frames} frames of ${card.height}x${card.width}`, `${card.settings.num_inference_steps} steps`, card.model, card.machine.gpu ?? card.machine.processor].join(" · ");
+  const facts = (card) => [`seed ${card.settings.seed}`, `${card.frames === 1 ? "an image" : `${card.frames} frames`} of ${card.height}x${card.width}`, `${card.settings.num_inference_steps} steps`, card.model, card.machine.gpu ?? card.machine.processor].join(" · ");
   const file = (run, name) => `/studio/files/${run}/${name}`;
 
   // A video that shows the frames of a file one by one: seek(i) is done when frame i can be drawn.
@@ -113,9 +113,18 @@ const studio = (() => {
     return { seek, close: () => { video.removeAttribute("src"); video.load(); } };
   }
 
+  // The one frame of a PNG.
+  async function still(url, keep, size) {
+    const image = new Image();
+    image.src = url;
+    await image.decode().catch(() => { throw new Error("This browser cannot read the image."); });
+    keep(0, await (size ? createImageBitmap(image, size) : createImageBitmap(image)));
+  }
+
   // Hands keep(i, picture) each wanted frame of a file, until keep says false. Tries twice, since a
   // busy browser now and then gives up on a video.
   async function decode(url, fps, wanted, keep, size, tries = 2) {
+    if (url.endsWith(".png")) return still(url, keep, size);
     try {
       const video = await frames(url, fps);
       for (const i of wanted) {
@@ -154,7 +163,7 @@ class StudioHeader extends HTMLElement {
     studio.theme(stored ? stored === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
     this.replaceChildren(
       h("img", { src: "/studio/static/icon.svg", alt: "", width: "30", height: "30" }),
-      h("div", { class: "st-brand" }, h("h1", {}, "vdit-sparse studio"), h("p", {}, "See what sparse attention does to a video, and what it saves.")),
+      h("div", { class: "st-brand" }, h("h1", {}, "vdit-sparse studio"), h("p", {}, "See what sparse attention does to a video or an image, and what it saves.")),
       h("button", { class: "st-icon", title: "Keyboard shortcuts (?)", "aria-label": "Keyboard shortcuts", onclick: shortcuts }, "?"),
       h("button", { class: "st-icon", title: "Light or dark", "aria-label": "Light or dark", onclick: studio.turn }, "◐"),
     );

@@ -21,19 +21,23 @@ from vdit_sparse.app.demo.limits import Limits, Studio  # noqa: E402
 from vdit_sparse.app.demo.server import build_app  # noqa: E402
 
 SMALL = {"height": 32, "width": 64, "num_frames": 9, "num_inference_steps": 2}
+STILL = {"height": 32, "width": 48, "num_inference_steps": 2, "max_sequence_length": 16}
 # Milliseconds that a browser waits for what comes in the end.
 LONG = 60_000
 FORM = {"prompt": "a cat runs", "model": "tiny", "runs": ["radial:block=64"]}
 
 
 @pytest.fixture(scope="session")
-def root(tiny_model, tiny_image_model, tmp_path_factory):
-    """A folder of models that are small and fast by default: from text, and from an image."""
+def root(tiny_model, tiny_image_model, tiny_flux, tmp_path_factory):
+    """A folder of models that are small and fast by default: of videos from text and from an image,
+    and of images."""
     folder = tmp_path_factory.mktemp("root")
     for source, text in ((tiny_model, 16), (tiny_image_model, 512)):
         shutil.copytree(source, folder / source.name)
         defaults = {**SMALL, "guidance_scale": 5.0, "max_sequence_length": text, "fps": 8}
         (folder / source.name / "generation.json").write_text(json.dumps(defaults))
+    shutil.copytree(tiny_flux, folder / tiny_flux.name)
+    (folder / tiny_flux.name / "generation.json").write_text(json.dumps(STILL))
     return folder
 
 
