@@ -25,6 +25,8 @@ SCRIPTS = (
     "results.js",
     "gallery.js",
     "bench.js",
+    "maps.js",
+    "heat.js",
     "inspect.js",
 )
 SHEETS = ("studio.css", "elements.css")

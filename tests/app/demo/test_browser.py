@@ -117,8 +117,20 @@ def test_look_inside(open_page):
     for key in ("ArrowRight", "ArrowDown", "PageUp"):
         page.keyboard.press(key)
     expect(said).to_contain_text("Token 5 (frame 0, y 1, x 1) sees ")
+    # Draft gathers the tokens of a region: both maps start in that order, of three blocks a side.
+    captions, order = page.locator(".st-maps figcaption"), page.get_by_label("Order of both maps")
+    expect(captions).to_have_text([re.compile("in the method's order$")] * 2)
+    sides = "all => all.map((canvas) => canvas.width)"
+    assert page.locator(".st-map").evaluate_all(sides) == [3, 3]
     page.locator(".st-map").first.hover(position={"x": 5, "y": 5})
-    expect(said).to_contain_text("attention 1.0000")
+    expect(said).to_contain_text(re.compile(r"blocks 0 and 0: attention 0\.\d"))
+    # In that of the video they have one block, which holds all.
+    order.get_by_role("button", name="The video's order").click()
+    expect(captions).to_have_text([re.compile("in the order of the video$")] * 2)
+    expect(said).not_to_contain_text("attention")
+    assert page.locator(".st-map").evaluate_all(sides) == [1, 1]
+    page.locator(".st-map").last.hover(position={"x": 5, "y": 5})
+    expect(said).to_contain_text("blocks 0 and 0: attention 1.0000")
     page.get_by_role("button", name="layer 1, head 1").click()
     expect(page.get_by_label("Head", exact=True)).to_have_value("1")
     page.get_by_role("button", name="Order of the tokens").click()

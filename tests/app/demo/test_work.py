@@ -40,12 +40,17 @@ def test_look_inside_keeps_what_inspect_found(studio):
     assert np.shape(card["tables"]["recall"]) == (2, 2, 2)
     assert [step for step, _ in card["densities"]] == [0, 1, 2]
     dense, sparse = card["looks"]
+    assert all(head["order"] is None is head["ordered"] for head in dense["heads"])
     assert dense["why"] == "dense_steps" and sparse["why"] is None
     content = (folder / sparse["file"]).read_bytes()
     for head in sparse["heads"]:
         at, rows, columns = head["mass"]
         mass = np.frombuffer(content, np.float16, rows * columns, at).reshape(rows, columns)
         assert at % 4 == 0 and np.allclose(mass.sum(1), 1, atol=2e-3)
+        # Draft has an order: the same attention by the blocks of that, as many as the mask's.
+        at, *shape = head["ordered"]
+        ordered = np.frombuffer(content, np.float16, int(np.prod(shape)), at).reshape(shape)
+        assert shape == head["keep"][1:] and np.allclose(ordered.sum(1), 1, atol=2e-3)
         at, *shape = head["keep"]
         keep = np.frombuffer(content, np.uint8, int(np.prod(shape)), at)
         density = card["tables"]["density"][1][1][head["head"]]
