@@ -78,7 +78,7 @@ def short_table() -> str:
     lines = ["| model | checkpoints | presets |", "|---|---|---|"]
     for kind, found in families().items():
         names = ", ".join(f"[{one.name}]({HUB}/{one.hub}) ({_weight(one)})" for one in found)
-        mine = ", ".join(f"`{name}`" for name in presets[kind] if not name.endswith("-mini"))
+        mine = ", ".join(f"`{name}`" for name in presets[kind] if "-mini" not in name)
         lines.append(f"| {TITLES.get(kind, kind)} | {names or 'none listed'} | {mine} |")
     return "\n".join(lines)
 

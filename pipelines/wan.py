@@ -78,6 +78,21 @@ PRESETS = {
     "draft-mini": DraftAttention(density=0.35, block=64, pool=(16, 4), dense_steps=4),
     "paro-mini": PAROAttention(dense_steps=4),
     "rettention-mini": RettentionAttention(density=0.1, block=64, dense_steps=4, refresh=4),
+    # The same in 4 steps, with a dense first and last one. For AdaSpa and Re-ttention the first is
+    # the one that they search or cache, so that as many steps are left to be sparse. Ours, and not
+    # measured.
+    "radial-mini-fast": RadialAttention(
+        d1="half", sink_frames=0, dense_steps=1, last_dense_steps=1, block=64
+    ),
+    "adaspa-mini-fast": AdaSpaAttention(
+        density=0.35, block=64, dense_steps=0, last_dense_steps=1, refresh="once"
+    ),
+    "draft-mini-fast": DraftAttention(
+        density=0.35, block=64, pool=(16, 4), dense_steps=1, last_dense_steps=1
+    ),
+    "rettention-mini-fast": RettentionAttention(
+        density=0.1, block=64, dense_steps=0, last_dense_steps=1, refresh=4
+    ),
 }
 
 FAMILY = Family(

@@ -103,7 +103,7 @@ def known(model: str | None) -> Known:
     return Known(
         {**arguments, "fps": 16, **own},
         geometry_of_folder(model),
-        _presets(config.get("_class_name"), model in BUNDLED),
+        _presets(config.get("_class_name"), model),
         "image" in stock,
         images,
         tuple(name for name in METHODS if images and refuses_images(None, METHODS[name]())),
@@ -137,12 +137,16 @@ def _signature(pipeline: str | None) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(super(SparsePipelineMixin, kind).__call__).parameters)
 
 
-def _presets(transformer: str | None, bundled: bool) -> tuple[str, ...]:
-    """The presets of a transformer's class; those for the bundled model are for that alone."""
+def _presets(transformer: str | None, model: str | None) -> tuple[str, ...]:
+    """The presets of a transformer's class; those for the bundled model, or for it in few steps,
+    are for that alone."""
     from vdit_sparse.app.options import presets_by_family
 
     names = presets_by_family().get(transformer, ())
-    return tuple(name for name in names if name.endswith("-mini") == bundled)
+    own = {None: "-mini", FEW_STEP_NAME: "-mini-fast"}.get(model)
+    if own is not None:
+        return tuple(name for name in names if name.endswith(own))
+    return tuple(name for name in names if "-mini" not in name)
 
 
 def _json(file: Path) -> dict:

@@ -158,6 +158,21 @@ def test_presets_run_dense_where_their_sources_do(name, steps, dense_steps, dens
     assert dense == {(i, j) for i, j in calls if i < dense_steps or j < dense_layers}
 
 
+@pytest.mark.parametrize("steps", [4, 5, 8])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith("-mini-fast")])
+def test_presets_for_few_steps_leave_sparse_ones_between_dense_ends(name, steps):
+    """At the bundled model's size, whose attention has 3,136 tokens."""
+    grid, memory, densities = Grid(7, 16, 28), {}, []
+    q, k, v = torch.randn(3, 1, 2, grid.tokens, 16, generator=torch.Generator().manual_seed(0))
+    for step in range(steps):
+        call = Call(grid, 0, 10, step, steps, memory=memory)
+        PRESETS[name](q, k, v, call)
+        density = call.note.density
+        densities.append(1.0 if density is None else float(density))
+    assert densities[0] == densities[-1] == 1
+    assert sum(density < 0.7 for density in densities) >= max(2, steps - 3)
+
+
 def test_presets_have_the_name_of_their_method():
     for name, method in PRESETS.items():
         assert type(method) is METHODS[name.rsplit("-wan" if "-wan" in name else "-mini", 1)[0]]

@@ -131,7 +131,11 @@ def test_models_that_are_offered(studio):
     assert found.defaults["num_frames"] == 9 and found.defaults["fps"] == 8
     assert (found.geometry.height, found.geometry.frames) == (16, 4)
     assert "radial-wan2.1" in found.presets and "radial-mini" not in found.presets
-    assert "radial-mini" in models.known(None).presets
+    assert not [name for name in found.presets if "-mini" in name]
+    assert models.known(None).presets[0] == "radial-mini"
+    own = models.known("mini-fast").presets
+    assert own == tuple(f"{x}-mini-fast" for x in ("radial", "adaspa", "draft", "rettention"))
+    assert not set(own) & set(models.known(None).presets)
 
 
 def test_every_field_has_a_control_that_its_method_takes():
