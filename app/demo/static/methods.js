@@ -1,6 +1,8 @@
 // <studio-methods kind most>: the methods of a run, each with the fields of its dataclass.
 "use strict";
 
+const FEW = 10; // steps of a model for which presets "-few-steps" are meant, at most
+
 class StudioMethods extends HTMLElement {
   async connectedCallback() {
     this.most = Number(this.getAttribute("most"));
@@ -27,6 +29,7 @@ class StudioMethods extends HTMLElement {
     if (this.model !== model) return;
     this.own = about.presets;
     this.refused = about.refused ?? [];
+    this.steps = about.defaults?.num_inference_steps ?? 50;
     const wanted = this.most > 1 ? Math.min(2, this.most) : 1;
     this.list.replaceChildren();
     for (let i = 0; i < wanted; i++) this.add();
@@ -35,11 +38,12 @@ class StudioMethods extends HTMLElement {
 
   add() {
     const taken = [...this.list.children].map((one) => one.choice);
-    // Calibrations are for one size: what runs at any is offered first.
+    // Calibrations are for one size, and few steps are few: what suits any run is offered first.
     const calibrated = (name) => this.forms.methods.find((one) => one.name === (this.forms.presets[name]?.method ?? name)).calibrated;
     const forms = { ...this.forms, methods: this.forms.methods.filter((one) => !this.refused.includes(one.name)) };
+    const late = (name) => calibrated(name) || (name.endsWith("-few-steps") && this.steps > FEW);
     const all = [...this.own, ...forms.methods.map((one) => one.name)].filter((name) => !taken.includes(name));
-    const name = all.sort((a, b) => calibrated(a) - calibrated(b))[0] ?? "dense";
+    const name = all.sort((a, b) => late(a) - late(b))[0] ?? "dense";
     const one = document.createElement("studio-method");
     one.set(forms, this.own, name, this.most > 1 && (() => { one.remove(); this.count(); }));
     this.list.append(one);
