@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vdit_sparse.eval.metrics import METRICS
+from vdit_sparse.eval.metrics.adherence import on_renders
 from vdit_sparse.eval.report import HEADLINE, Findings, Line, Mean, heading, show
 from vdit_sparse.eval.report_plot import Point, colour_of, plot
 from vdit_sparse.eval.report_style import STYLE
@@ -17,6 +18,8 @@ INTERVALS = (
     "± is half of the 95 % confidence interval of the mean over prompts (Student's t); an arrow "
     "points to the better end"
 )
+SEEN = "How many of the things that the prompts ask for are seen, right of asked"
+JUDGED = "by a judge that errs: its own share of right answers is that on held-out renders"
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def markdown(findings: Findings) -> str:
     rows = _adherence(findings)
     if rows:
         titles = ["#", "method", *rows[0][2:]]
-        lines += ["", "Adherence, right of asked:", "", *_table(titles, rows[1:])]
+        lines += ["", f"Adherence. {_seen(findings)}:", "", *_table(titles, rows[1:])]
     lines += [f"\nNote: {note}" for note in findings.notes]
     lines += [f"\nFailed: {_failure(row)}" for row in findings.failures]
     protocol = json.dumps(findings.protocol, indent=2, ensure_ascii=False)
@@ -132,15 +135,24 @@ def _cells(findings: Findings, columns: Sequence[str]) -> list[list[str]]:
 
 
 def _adherence(findings: Findings) -> list[list[str]]:
-    """A first row of titles, then one a method; empty where nothing was asked."""
+    """A first row of titles, one of the judge itself, then one a method; empty where nothing was
+    asked."""
     asked = list(dict.fromkeys(name for line in findings.lines for name in line.adherence))
     if not asked:
         return []
     rows = [["#", "method", *asked]]
+    if findings.protocol.get("judge"):
+        known = on_renders()
+        shares = [f"{known[name]:.3f}" if name in known else "–" for name in asked]
+        rows.append(["", "the judge, on renders", *shares])
     for number, line in enumerate(findings.lines, 1):
         scores = [line.adherence.get(name, (0, 0)) for name in asked]
         rows.append([str(number), line.label, *(f"{right}/{of}" for right, of in scores)])
     return rows
+
+
+def _seen(findings: Findings) -> str:
+    return f"{SEEN}, {JUDGED}" if findings.protocol.get("judge") else SEEN
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -215,9 +227,8 @@ def _adherence_html(findings: Findings) -> str:
     )
     lines = "".join(f"<tr>{row}</tr>" for row in body)
     return (
-        "<h2>Adherence</h2><p class='note'>How many of the things that the prompts ask for are "
-        f"seen, right of asked.</p><div class='wide'><table><thead><tr>{head}</tr></thead><tbody>"
-        f"{lines}</tbody></table></div>"
+        f"<h2>Adherence</h2><p class='note'>{html.escape(_seen(findings))}.</p><div class='wide'>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
 
 

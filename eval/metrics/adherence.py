@@ -28,10 +28,18 @@ def title() -> str:
     as there is no judge, without."""
     if not (SHIPPED / CONFIG).is_file():
         return "adherence (judge)"
-    held_out = json.loads((SHIPPED / CONFIG).read_text()).get("held_out", {})
-    accuracy = held_out.get("renders", {}).get(STATEMENTS)
+    accuracy = on_renders().get(STATEMENTS)
     known = "not measured" if accuracy is None else f"{accuracy:.3f}"
     return f"adherence (judge; on renders {known})"
+
+
+def on_renders() -> dict[str, float]:
+    """Row of `eval.adherence` -> the shipped judge's accuracy on held-out renders, 0 to 1; empty
+    where there is no judge, or nothing was measured."""
+    if not (SHIPPED / CONFIG).is_file():
+        return {}
+    held_out = json.loads((SHIPPED / CONFIG).read_text()).get("held_out", {})
+    return held_out.get("renders", {})
 
 
 def unavailable() -> str | None:

@@ -3,12 +3,15 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
 from tests.eval.run_cases import PROTOCOL
+from vdit_sparse.eval.metrics import METRICS
+from vdit_sparse.eval.metrics import adherence as metric
 from vdit_sparse.eval.report import (
     Mean,
     heading,
@@ -20,6 +23,7 @@ from vdit_sparse.eval.report import (
 from vdit_sparse.eval.report_page import Shown, markdown, methods_csv, page, samples_csv
 from vdit_sparse.eval.report_plot import LEFT, WIDTH, Point, colour_of, plot
 from vdit_sparse.eval.store import Store, StoreError, content_hash, digest
+from vdit_sparse.pipelines.mini.training.judge import JUDGES, JudgeNetwork, save_judge
 
 FULL = {
     **PROTOCOL,
@@ -185,6 +189,31 @@ def test_texts_hold_the_numbers(findings):
     assert head.startswith("method,label,density_mean,density_ci95,density_prompts,")
     assert dense.startswith("dense,dense,1.0,0.0,2,2.0,0.0,2,,,0,")
     assert len(samples_csv(findings).splitlines()) == 13
+
+
+def test_beside_adherence_stands_how_often_the_judge_is_right(tmp_path, monkeypatch):
+    facts = {"held_out": {"renders": {"statements": 0.91, "place": 0.9876}}}
+    save_judge(JudgeNetwork(JUDGES["tiny"]), tmp_path / "judge", facts)
+    monkeypatch.setattr(metric, "SHIPPED", tmp_path / "judge")
+    monkeypatch.setitem(METRICS, "adherence", replace(METRICS["adherence"], title=metric.title()))
+    content = rows("dense", "draft")
+    for each in content:
+        each["metrics"]["adherence"] = 0.75
+    judged = {**FULL, "judge": True}
+    for each in content:
+        each["protocol"] = digest(judged)
+    found = read_findings([folder(tmp_path / "judged", content, judged)])
+    text, html = markdown(found), page(found, {})
+    # In the table of metrics by the column's title, in that of rows by a line of its own.
+    arrow = "\N{NO-BREAK SPACE}↑"
+    assert f"| adherence (judge; on renders 0.910){arrow} |" in text
+    assert f"<th>adherence (judge; on renders 0.910){arrow}</th>" in html
+    assert "|  | the judge, on renders | 0.988 | – |" in text and "by a judge that errs" in text
+    assert "<td>the judge, on renders</td><td>0.988</td><td>–</td>" in html
+    # What is counted without a judge has no such line.
+    plain = read_findings([folder(tmp_path / "plain", rows("dense", "draft"))])
+    for said in (markdown(plain), page(plain, {})):
+        assert "right of asked" in said and "the judge" not in said and "errs" not in said
 
 
 class _Balance(HTMLParser):
