@@ -158,6 +158,8 @@ def test_every_control_has_a_name_and_can_be_reached_by_keys(open_page, served):
         assert not re.findall(NAMELESS, found, re.MULTILINE), found
     # From the top of the page, Tab goes through every tab's button and the result.
     tab(page, "Look inside")
+    # What Bench hides comes back a moment after the click.
+    page.wait_for_selector("#prompt textarea")
     page.locator("h1").click()
     seen = set()
     for _ in range(150):
