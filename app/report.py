@@ -70,13 +70,17 @@ class Report:
 def run_facts(run: Finished) -> dict:
     """One entry of the report's `runs`."""
     method, clip = run.choice.method, run.clip
+    fields = {} if method is None else dataclasses.asdict(method)
+    if fields.get("calibration") is not None:
+        # Whoever is given a report needs no places on this machine; `command` says where it lay.
+        fields["calibration"] = Path(fields["calibration"]).name
     return {
         "name": run.name,
         "file": run.file,
         "method": {
             "name": run.choice.name,
             "preset": run.choice.preset,
-            "fields": {} if method is None else dataclasses.asdict(method),
+            "fields": fields,
         },
         "reference": run.reference,
         "density": clip.density,

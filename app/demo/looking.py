@@ -50,7 +50,7 @@ class InspectWork:
         card |= {
             "kind": job.kind,
             "video": _copied(card),
-            "method": found.method,
+            "method": found.method.partition("(")[0],
             "grid": [found.grid.frames, found.grid.height, found.grid.width, found.grid.text],
             "layers": found.layers,
             "heads": found.heads,

@@ -8,6 +8,8 @@ import torch
 from tests.tiny_models.catalogue import TINY
 from vdit_sparse.app.calibrations import PLAIN, Source, check_calibrations, stock_defaults
 from vdit_sparse.app.checks import check_after_loading, source_of_folder
+from vdit_sparse.app.demo.desk import Desk
+from vdit_sparse.app.demo.limits import Studio
 from vdit_sparse.app.options import InputError, RunChoice, parse_compare
 from vdit_sparse.app.request import Request
 from vdit_sparse.calibration import Calibration, save
@@ -63,6 +65,15 @@ def test_every_command_refuses_another_length(command, words, method, cli, tmp_p
     result = cli(*command.split(), *words, f"{method}-mini", *video)
     said = " ".join(result.stderr.split())
     assert result.exit_code == 2 and MADE in said and MINI.format(method) in said, result.output
+
+
+def test_the_studio_refuses_it_too(tmp_path):
+    desk, form = Desk(Studio(tmp_path)), {"prompt": "a cat", "num_frames": 49}
+    for kind, runs in (("generate", ["paro-mini"]), ("inspect", ["sparse-vdit-mini"])):
+        with pytest.raises(InputError, match=MADE):
+            desk.submit("0" * 32, kind, {**form, "runs": runs})
+    with pytest.raises(InputError, match=MADE):
+        desk.submit("0" * 32, "compare", {**form, "runs": ["dense", "paro-mini"]})
 
 
 def test_the_bundled_models_own_size_passes(tmp_path):

@@ -48,6 +48,7 @@ def test_a_file_is_made_and_used(cli, words, tmp_path, tiny_model):
     assert done.exit_code == 0 and not lines_of(done), done.output
     (run,) = json.loads((tmp_path / "a" / "report.json").read_text())["runs"]
     assert f"density: {run['density']:.3f}, " in density
+    assert run["method"]["fields"]["calibration"] == out.name
     # The same as a method of its own name, and no other.
     assert parse_compare(f"tuned:calibration={out}").method == TunedAttention(calibration=str(out))
     assert parse_calibrated(str(out), None) == "tuned"
