@@ -152,12 +152,14 @@ def _checkpoint_of(pipe) -> Checkpoint | None:
 
 
 def smallest_size(pipe) -> dict[str, int]:
-    """Arguments of the pipeline's call that make a very small video; none where it is not known
-    that the model makes one."""
+    """Arguments of the pipeline's call for a very small video or image; none where it is not known
+    how small it can be."""
     unit = geometry_of(pipe)
     if unit is None or "scale_factor_temporal" not in pipe.vae.config:
         return {}
-    return {"height": 2 * unit.height, "width": 2 * unit.width, "num_frames": unit.frames + 1}
+    small = {"height": 2 * unit.height, "width": 2 * unit.width, "num_frames": unit.frames + 1}
+    # Autoencoders of videos serve models of images too, whose calls have no frames.
+    return {name: value for name, value in small.items() if name in call_parameters(pipe)}
 
 
 def check_size(

@@ -88,8 +88,6 @@ class _Session:
         calibrated = isinstance(choice.method, CalibratedAttention)
         whole = calibrated or needs_full_warm_up(self.pipe, self.request)
         small = {} if whole else smallest_size(self.pipe)
-        # Autoencoders of videos serve models of images too, whose calls have no frames.
-        small = {key: value for key, value in small.items() if key in self.inputs}
         warmup_steps = warm_up(self.pipe, choice.method, {**self.inputs, **small})
         self.progress(f"{name}: warming up", 1, 1)
         on_step(0, self.inputs["num_inference_steps"])

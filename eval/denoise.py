@@ -178,8 +178,8 @@ def call_parameters(pipe) -> Mapping[str, inspect.Parameter]:
 
 
 def makes_images(pipe) -> bool:
-    """Whether the pipeline's call has no number of frames to be told."""
-    return "num_frames" not in call_parameters(pipe)
+    """Whether the pipeline's call takes neither a number of frames nor a video."""
+    return not {"num_frames", "video"} & call_parameters(pipe).keys()
 
 
 def _frames(output) -> Tensor:

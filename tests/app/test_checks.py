@@ -17,6 +17,8 @@ from vdit_sparse.app.checks import (
 from vdit_sparse.app.loading import takes_encoded_text
 from vdit_sparse.app.options import InputError
 from vdit_sparse.app.request import Request
+from vdit_sparse.eval.denoise import makes_images
+from vdit_sparse.pipelines.cogvideox import CogVideoXVideoToVideoPipeline
 
 WORDS = ("--prompt", "a cat", "--device", "cpu", "--method", "dense")
 
@@ -62,3 +64,13 @@ def test_models_of_images_need_none(tmp_path):
     with pytest.raises(InputError, match="makes videos from images"):
         check_after_loading(tiny_wan_i2v(), Request(prompt="a cat", runs=(), out=tmp_path))
     assert takes_encoded_text(tiny_wan())
+
+
+def test_a_small_image_has_no_frames():
+    tiny = TINY["cosmos2-image"]()
+    assert makes_images(tiny.pipe) and set(smallest_size(tiny.pipe)) == {"height", "width"}
+
+
+def test_a_video_made_from_a_video_is_no_image():
+    pipe = CogVideoXVideoToVideoPipeline(**TINY["cogvideox"]().pipe.components)
+    assert not makes_images(pipe)
