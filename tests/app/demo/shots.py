@@ -3,7 +3,7 @@
     vdit-sparse demo &
     python -m tests.app.demo.shots http://127.0.0.1:7860 docs/images
 
-Takes ten minutes on two CPU cores. Look at the pictures before you commit them.
+Takes six minutes on two CPU cores. Look at the pictures before you commit them.
 """
 
 import shutil
