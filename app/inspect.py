@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import ImageOps
-
-from vdit_sparse.app.checks import check_before_loading, read_image
 from vdit_sparse.app.environment import commit, machine, versions
 from vdit_sparse.app.generate import RunFailed
-from vdit_sparse.app.loading import load, settings_of
+from vdit_sparse.app.loading import opened
 from vdit_sparse.app.options import InputError, RunChoice
 from vdit_sparse.app.request import Request, parse_request
 from vdit_sparse.app.terminal import Progress
@@ -87,15 +84,7 @@ def inspect(request: InspectRequest, progress: Progress) -> list[str]:
     Raises InputError for what the caller can put right, and RunFailed for a run that went wrong.
     """
     asked = request.model
-    check_before_loading(asked)
-    image = read_image(asked.image)
-    progress("loading the model", 0, None)
-    pipe = load(asked)
-    settings = settings_of(pipe, asked)
-    settings.pop("fps", None)
-    if image is not None:
-        settings["image"] = ImageOps.fit(image, (settings["width"], settings["height"]))
-    progress("loading the model", 1, 1)
+    pipe, settings = opened(asked, progress)
     chosen = _chosen(pipe, request, settings)
 
     def on_step(done: int, total: int) -> None:

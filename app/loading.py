@@ -7,10 +7,16 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageOps
 
-from vdit_sparse.app.checks import check_after_loading, check_device
+from vdit_sparse.app.checks import (
+    check_after_loading,
+    check_before_loading,
+    check_device,
+    read_image,
+)
 from vdit_sparse.app.options import DTYPES, InputError
 from vdit_sparse.app.processes import spread
 from vdit_sparse.app.request import Request
+from vdit_sparse.app.terminal import Progress
 from vdit_sparse.eval.denoise import call_parameters
 from vdit_sparse.pipelines.families import DENOISERS
 
@@ -52,6 +58,21 @@ def load(request: Request):
     return pipe
 
 
+def opened(request: Request, progress: Progress) -> tuple[object, dict]:
+    """The request's pipeline, and the arguments of its call but for the text: for commands that run
+    it in ways of their own. Raises InputError for what the caller can put right."""
+    check_before_loading(request)
+    image = read_image(request.image)
+    progress("loading the model", 0, None)
+    pipe = load(request)
+    settings = settings_of(pipe, request)
+    settings.pop("fps", None)
+    if image is not None:
+        settings["image"] = _fitted(image, settings)
+    progress("loading the model", 1, 1)
+    return pipe, settings
+
+
 def settings_of(pipe, request: Request) -> dict:
     """The checkpoint's default arguments, and `fps`, with the request's in their place."""
     from vdit_sparse.pipelines.load import defaults
@@ -73,7 +94,7 @@ def call_inputs(pipe, request: Request, settings: dict, image: Image.Image | Non
     inputs = {name: value for name, value in settings.items() if name != "fps"}
     inputs["seed"] = request.seed
     if image is not None:
-        inputs["image"] = ImageOps.fit(image, (settings["width"], settings["height"]))
+        inputs["image"] = _fitted(image, settings)
     text = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
     if request.negative_prompt is None:
         # Not every call has one, and where it has its default may be a text.
@@ -87,6 +108,10 @@ def call_inputs(pipe, request: Request, settings: dict, image: Image.Image | Non
             **text, do_classifier_free_guidance=guided, max_sequence_length=length
         )
     return {**inputs, "prompt_embeds": positive, "negative_prompt_embeds": negative}
+
+
+def _fitted(image: Image.Image, settings: dict) -> Image.Image:
+    return ImageOps.fit(image, (settings["width"], settings["height"]))
 
 
 def takes_encoded_text(pipe) -> bool:

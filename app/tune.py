@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import ImageOps
-
 from vdit_sparse.app.calibrate import NOT_ASKED, check_file, parse_seeds, read_prompts
-from vdit_sparse.app.checks import BUNDLED, check_before_loading, read_image
+from vdit_sparse.app.checks import BUNDLED
 from vdit_sparse.app.generate import RunFailed
-from vdit_sparse.app.loading import load, settings_of
+from vdit_sparse.app.loading import opened
 from vdit_sparse.app.options import InputError, parse_choice, with_settings
 from vdit_sparse.app.request import Request, parse_request
 from vdit_sparse.app.terminal import Progress
@@ -94,15 +92,7 @@ def tune(request: TuneRequest, progress: Progress) -> list[str]:
     Raises InputError for what the caller can put right, and RunFailed for a run that went wrong.
     """
     check_file(request.out, request.overwrite)
-    check_before_loading(request.model)
-    image = read_image(request.model.image)
-    progress("loading the model", 0, None)
-    pipe = load(request.model)
-    settings = settings_of(pipe, request.model)
-    settings.pop("fps", None)
-    if image is not None:
-        settings["image"] = ImageOps.fit(image, (settings["width"], settings["height"]))
-    progress("loading the model", 1, 1)
+    pipe, settings = opened(request.model, progress)
     same = {
         name: getattr(request, name) for name in ("out", "search", "effects", "rounds", "batch")
     }

@@ -148,7 +148,7 @@ def test_bad_input_is_one_line(case, cli, words, tmp_path, monkeypatch):
     (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "empty.txt").write_text("# nothing\n\n")
     changed, message = BAD[case]
-    monkeypatch.setattr(calibrate, "load", None)  # the model is not loaded
+    monkeypatch.setattr("vdit_sparse.pipelines.load.load_pipeline", None)  # it is not loaded
     result = cli(*words, *(str(word).format(tmp=tmp_path) for word in changed))
     assert result.exit_code == 2, result.output
     (line,) = lines_of(result)

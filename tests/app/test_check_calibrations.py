@@ -43,8 +43,7 @@ def nothing_is_loaded(monkeypatch):
     def load(*_, **__):
         raise RuntimeError("the model was loaded")
 
-    for command in ("generate", "inspect", "evaluate_worker"):
-        monkeypatch.setattr(f"vdit_sparse.app.{command}.load", load)
+    monkeypatch.setattr("vdit_sparse.pipelines.load.load_pipeline", load)
 
 
 def asked(method: str, tmp_path, **words) -> Request:

@@ -104,7 +104,7 @@ def test_bad_input_is_one_line(case, cli, words, monkeypatch):
     changed, message = BAD[case]
     if case == "dense":
         words = [word for word in words if word not in DRAFT]
-    monkeypatch.setattr(inspect, "load", None)  # the model is not loaded
+    monkeypatch.setattr("vdit_sparse.pipelines.load.load_pipeline", None)  # it is not loaded
     result = cli(*words, *changed)
     assert result.exit_code == 2, result.output
     (line,) = lines_of(result)
