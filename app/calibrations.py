@@ -1,9 +1,7 @@
 """Whether the calibrations of a request's methods are for its video, before anything runs."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 
 from vdit_sparse.app.options import InputError, RunChoice
@@ -50,12 +48,9 @@ class Source:
 
 def stock_defaults(pipeline: str) -> dict:
     """The defaults of a call, by the name of the pipeline's class. Imports diffusers."""
-    from vdit_sparse.pipelines.attach import SparsePipelineMixin
-    from vdit_sparse.pipelines.load import PIPELINES
+    from vdit_sparse.pipelines.load import stock_parameters
 
-    kind = getattr(import_module(PIPELINES[pipeline]), pipeline)
-    call = inspect.signature(super(SparsePipelineMixin, kind).__call__)
-    return {name: each.default for name, each in call.parameters.items()}
+    return {name: each.default for name, each in stock_parameters(pipeline).items()}
 
 
 def check_calibrations(request: Request, source: Source) -> None:

@@ -21,6 +21,8 @@ from vdit_sparse.method import SparseAttention
 from vdit_sparse.pipelines.families import DENOISERS
 
 OnStep = Callable[[int, int], None]
+# Arguments that a call has which makes videos.
+FRAMES = {"num_frames", "video"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +181,7 @@ def call_parameters(pipe) -> Mapping[str, inspect.Parameter]:
 
 def makes_images(pipe) -> bool:
     """Whether the pipeline's call takes neither a number of frames nor a video."""
-    return not {"num_frames", "video"} & call_parameters(pipe).keys()
+    return not FRAMES & call_parameters(pipe).keys()
 
 
 def _frames(output) -> Tensor:

@@ -1,6 +1,8 @@
 """`load_pipeline`: hub id, folder, file or the bundled model as a pipeline that takes a method."""
 
+import inspect
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from vdit_sparse.pipelines.attach import SparsePipelineMixin
 from vdit_sparse.pipelines.families import REFUSED
 from vdit_sparse.pipelines.few_step import load_few_step
 from vdit_sparse.pipelines.memory import check_ram, place
@@ -169,6 +172,13 @@ def _from_pretrained(
     if type(getattr(pipe, "vae", None)).__name__ in TILED_VAES:
         pipe.vae.enable_tiling()
     return pipe
+
+
+def stock_parameters(pipeline: str) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the call of diffusers' own pipeline, by the name of its class in
+    `PIPELINES`; see `SparsePipelineMixin.stock_signature`."""
+    kind = getattr(import_module(PIPELINES[pipeline]), pipeline)
+    return inspect.signature(super(SparsePipelineMixin, kind).__call__).parameters
 
 
 def defaults(pipe: DiffusionPipeline) -> dict:

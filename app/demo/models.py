@@ -2,13 +2,14 @@
 
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 from vdit_sparse.app.checks import BUNDLED, Geometry, bundled_model, geometry_of_folder
 from vdit_sparse.app.demo.limits import Studio
 from vdit_sparse.app.options import InputError
+from vdit_sparse.eval.denoise import FRAMES
 from vdit_sparse.methods import METHODS
 from vdit_sparse.pipelines.checkpoints import checkpoint_of
 from vdit_sparse.pipelines.images import refuses_images
@@ -94,8 +95,8 @@ def known(model: str | None) -> Known:
         own = {"height": height, "width": width, "num_inference_steps": published.steps}
         pipeline, config = published.pipeline, {"_class_name": published.transformer}
         own |= {"num_frames": published.frames} if published.frames > 1 else {}
-    stock = _signature(pipeline)
-    images = bool(stock) and "num_frames" not in stock
+    stock = _parameters(pipeline)
+    images = bool(stock) and not FRAMES & stock.keys()
     arguments = {name: stock[name].default for name in ARGUMENTS if name in stock}
     if images and arguments.get("height", 0) is None:
         side = 8 * config["sample_size"] if "sample_size" in config else IMAGE_SIDE
@@ -126,15 +127,10 @@ def _few_step() -> Path:
     return bundled_model() / "transformer_fast"
 
 
-def _signature(pipeline: str | None) -> dict[str, inspect.Parameter]:
-    from vdit_sparse.pipelines.attach import SparsePipelineMixin
-    from vdit_sparse.pipelines.load import PIPELINES
+def _parameters(pipeline: str | None) -> Mapping[str, inspect.Parameter]:
+    from vdit_sparse.pipelines.load import PIPELINES, stock_parameters
 
-    if pipeline not in PIPELINES:
-        return {}
-    kind = getattr(import_module(PIPELINES[pipeline]), pipeline)
-    # diffusers' own call, behind the mixin's.
-    return dict(inspect.signature(super(SparsePipelineMixin, kind).__call__).parameters)
+    return stock_parameters(pipeline) if pipeline in PIPELINES else {}
 
 
 def _presets(transformer: str | None, model: str | None) -> tuple[str, ...]:
