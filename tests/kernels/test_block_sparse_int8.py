@@ -8,10 +8,16 @@ from torch.nn.functional import cosine_similarity
 
 from tests.kernels.cases import CASES, Case, make
 from vdit_sparse.kernels.block_mask import BlockMask
-from vdit_sparse.kernels.block_sparse import block_sparse_attention, choose_backend, explain
+from vdit_sparse.kernels.block_sparse import (
+    block_sparse_attention,
+    choose_backend,
+    explain,
+    reference,
+)
 from vdit_sparse.kernels.block_sparse.layout import real_keys
 from vdit_sparse.kernels.block_sparse.reference import forward as reference_forward
 from vdit_sparse.kernels.block_sparse.tiles import Tile, tile_for
+from vdit_sparse.kernels.quant import smooth_quantize
 
 pytest_plugins = ["tests.kernels.float8"]
 # Rows without keys have the logarithm of zero; the interpreter lets NumPy remark on it.
@@ -48,6 +54,19 @@ def attend(backend: str, q, k, v, mask, precision: str, kv_len=None):
     )
 
 
+def same_levels(monkeypatch):
+    """From here on the reference takes the integers that the kernels take, on a GPU Triton's. Its
+    own differ by one level where the order of a sum decides on which side of a tie a number lies
+    (test_quant.py says how many do): one level of a query moves its lse by scale * step * the mean
+    of that channel of the keys it sees, up to 3e-4 on an H200, and a bound of that size would hide
+    faults."""
+
+    def quantize(*tensors, backend, **options):
+        return smooth_quantize(*tensors, **options)
+
+    monkeypatch.setattr(reference, "smooth_quantize", quantize)
+
+
 def in_float64(q, k, v, mask, kv_len=None):
     tensors = (x.double() for x in (q, k, v))
     return reference_forward(*tensors, mask, q.shape[-1] ** -0.5, kv_len, compute=torch.float64)
@@ -71,7 +90,7 @@ def problem(data: str, device, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("data", ["normal", "offset", "outlier of k", "outlier of q and k"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_error_bars(precision, data, dtype, device):
+def test_error_bars(precision, data, dtype, device, monkeypatch):
     q, k, v, mask = problem(data, device, dtype)
     exact, exact_lse = in_float64(q, k, v, mask)
     out, lse = attend("reference", q, k, v, mask, precision)
@@ -84,16 +103,22 @@ def test_error_bars(precision, data, dtype, device):
     assert (lse - exact_lse).abs().max() <= lse_bar
     ours, ours_lse = attend("triton", q, k, v, mask, precision)
     assert error_of(ours, exact) <= 1.1 * error
+    assert (ours_lse - exact_lse).abs().max() <= lse_bar
+    same_levels(monkeypatch)
+    _, lse = attend("reference", q, k, v, mask, precision)
     torch.testing.assert_close(ours_lse, lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_triton_is_the_reference(precision, name, device):
+def test_triton_is_the_reference(precision, name, device, monkeypatch):
     q, k, v, mask, kv_len = make(CASES[name], device)
     expected, expected_lse = attend("reference", q, k, v, mask, precision, kv_len)
     exact, exact_lse = in_float64(q, k, v, mask, kv_len)
-    assert error_of(expected, exact) <= BARS[precision]
+    error = error_of(expected, exact)
+    assert error <= BARS[precision]
+    same_levels(monkeypatch)
+    expected, expected_lse = attend("reference", q, k, v, mask, precision, kv_len)
     out, lse = attend("triton", q, k, v, mask, precision, kv_len)
     assert out.dtype == q.dtype and out.stride() == expected.stride()
     empty = exact_lse.isinf()
@@ -102,7 +127,7 @@ def test_triton_is_the_reference(precision, name, device):
     # Only weights in e4m3 depend on the order of the keys.
     rounding = {"int8_fp8": 3e-2, "int8_bf16": 2 * torch.finfo(q.dtype).eps + 1e-5}[precision]
     assert error_of(out, expected.double()) <= rounding
-    assert error_of(out, exact) <= 1.1 * error_of(expected, exact)
+    assert error_of(out, exact) <= 1.1 * error
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -163,7 +188,7 @@ def test_queries_of_zeros_see_no_masked_key(backend, precision, device):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["ragged", "padded keys and masked slots"])
-def test_both_paths_of_triton(name, precision, device):
+def test_both_paths_of_triton(name, precision, device, monkeypatch):
     from vdit_sparse.kernels.block_sparse.int8.triton import launch
 
     if device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
@@ -172,6 +197,7 @@ def test_both_paths_of_triton(name, precision, device):
     if precision == "int8_bf16":
         case = replace(case, valid=False)
     q, k, v, mask, kv_len = make(case, device)
+    same_levels(monkeypatch)
     expected, expected_lse = attend("reference", q, k, v, mask, precision, kv_len)
     for tile in (Tile(64, 64, 4, 2, True), Tile(64, 64, 4, 2, False)):
         out, lse = launch(q, k, v, mask, 0.125, kv_len, precision, tile)

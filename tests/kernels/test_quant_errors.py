@@ -20,6 +20,9 @@ BARS = {"int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
 # An outlier of q or k alone multiplies the variance of random scores, and the rounding of the other
 # operand in them, by 1 + 99 / D.
 ONE_SIDED = 2.2e-2
+# An outlier of q, k and v at once leaves the model's scores 10 times as large; which blocks are kept
+# then decides. The reference itself is between 0.0133 and 0.0161 over 20 masks, on a CPU.
+ALL_OF_THE_MODEL = 2e-2
 OUTLIERS = {"none": "", "of q": "q", "of k": "k", "of q, k and v": "qkv"}
 
 
@@ -58,7 +61,9 @@ def inputs(source: str, outlier: str, device, request):
             x[..., CHANNEL] *= TIMES
     blocks = 64 if source == "random 64" else 128
     heads, count = tensors[0].shape[1], -(-tensors[0].shape[2] // blocks)
-    keep = (torch.rand(heads, count, count) < 0.6) | torch.eye(count, dtype=torch.bool)
+    # torch's own numbers may have been drawn from, by the model's loading.
+    drawn = torch.rand(heads, count, count, generator=torch.Generator().manual_seed(0))
+    keep = (drawn < 0.6) | torch.eye(count, dtype=torch.bool)
     return *tensors, BlockMask.from_keep(keep, blocks).to(device)
 
 
@@ -106,8 +111,12 @@ def test_error_bars(source, outlier, precision, backend, device, request):
     out, _ = attend(backend, q, k, v, mask, precision)
     exact = in_float64(q, k, v, mask)[0]
     error = error_of(out, exact)
-    one_sided = source != "the model" and outlier in ("q", "k") and precision == "int8_bf16"
-    assert error <= (ONE_SIDED if one_sided else BARS[precision])
+    bar = BARS[precision]
+    if precision == "int8_bf16" and source != "the model" and outlier in ("q", "k"):
+        bar = ONE_SIDED
+    if precision == "int8_bf16" and source == "the model" and outlier == "qkv":
+        bar = ALL_OF_THE_MODEL
+    assert error <= bar
     assert cosine_similarity(out.double().flatten(), exact.flatten(), 0) >= 0.998
     # The output is rounded too.
     rounded = emulated(q, k, v, mask, precision).to(q.dtype)
