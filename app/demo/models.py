@@ -41,10 +41,9 @@ class Known:
 
 
 def offered(studio: Studio) -> list[str]:
-    """Names of the models to choose from: the bundled one, in few steps too if its weights for that
-    are there, those that the studio was started with, and the folders below its root that hold
-    one."""
-    names = [BUNDLED_NAME, *[FEW_STEP_NAME] * _few_step().is_dir(), *studio.models]
+    """Names of the models to choose from: the bundled one, the same in few steps, those that the
+    studio was started with, and the folders below its root that hold one."""
+    names = [BUNDLED_NAME, FEW_STEP_NAME, *studio.models]
     if studio.root is not None:
         found = sorted(studio.root.glob("*/model_index.json"))
         found += sorted(studio.root.glob("*/*/model_index.json"))
@@ -57,7 +56,7 @@ def resolve(name: str, studio: Studio) -> str | None:
     studio does not offer, outside its root, or with weights that are pickles."""
     if name in ("", BUNDLED_NAME):
         return None
-    if name in studio.models or (name == FEW_STEP_NAME and _few_step().is_dir()):
+    if name == FEW_STEP_NAME or name in studio.models:
         return name
     folder = _below_root(name, studio)
     pickled = sorted(file.name for file in folder.rglob("*") if file.suffix in PICKLES)
@@ -117,14 +116,9 @@ def _of_folder(model: str | None) -> tuple[str | None, dict, dict]:
     folder = bundled_model() if model in BUNDLED else Path(model)
     own = _json(folder / "generation.json")
     if model == FEW_STEP_NAME:
-        own |= _json(_few_step() / "generation.json")
+        own |= _json(folder / "transformer_fast/generation.json")
     pipeline = _json(folder / "model_index.json").get("_class_name")
     return pipeline, _json(folder / "transformer/config.json"), own
-
-
-def _few_step() -> Path:
-    """Where the weights lie that turn the bundled model into its few-step variant."""
-    return bundled_model() / "transformer_fast"
 
 
 def _parameters(pipeline: str | None) -> Mapping[str, inspect.Parameter]:

@@ -124,8 +124,10 @@ def test_pickles_are_not_read(studio, tmp_path):
 
 def test_models_that_are_offered(studio):
     own = dataclasses.replace(studio, models=("some/model",))
-    assert models.offered(own) == ["bundled", "some/model", "tiny", "tiny-flux", "tiny-i2v"]
+    tiny = ["tiny", "tiny-flux", "tiny-i2v"]
+    assert models.offered(own) == ["bundled", "mini-fast", "some/model", *tiny]
     assert models.resolve("some/model", own) == "some/model"
+    assert models.resolve("mini-fast", own) == "mini-fast"
     assert models.resolve("bundled", own) is None
     found = models.known(models.resolve("tiny", own))
     assert found.defaults["num_frames"] == 9 and found.defaults["fps"] == 8
