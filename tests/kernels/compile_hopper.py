@@ -51,10 +51,13 @@ class Build:
 
 
 PAIRED = (("consumers", 2), ("registers", None), ("paired", True))
-WIDE, THIN = (*PAIRED, ("keys", 128)), (*PAIRED, ("stages", 6))
-LONE = (("keys", 128), ("stages", 2), ("lone", True))
+WIDE = (*PAIRED, ("lone", False), ("stages", 3))
+THIN = (*PAIRED, ("stages", 6))
+NARROW = (("keys", 64), ("stages", 3), ("lone", False))
+LONE = (("stages", 2), ("lone", True))
+AHEAD = (("ahead", True),)
 ENDS = ("whole", "kv_len", "valid")
-STUDIED = ("persistent", "pingpong", "lazy", "unroll", "longest_first")
+STUDIED = ("persistent", "pingpong", "ahead", "longest_first")
 
 
 def builds(quick: bool) -> list[Build]:
@@ -80,10 +83,16 @@ def builds(quick: bool) -> list[Build]:
     found += [Build(ends="valid", skips=True), Build(blocks=(64, 64), ends="kv_len", skips=True)]
     found += [Build(dtype="fp16"), Build(D=64, changes=(("emulate", True),))]
     found += [Build(changes=((name, True),)) for name in STUDIED]
-    found += [Build(blocks=(64, 128), changes=LONE), Build(D=64, blocks=(64, 128), changes=LONE)]
+    found += [Build(D=64, blocks=(64, 128), changes=LONE), Build(blocks=(64, 128), changes=NARROW)]
     found += [Build(D, (64, 128), changes=WIDE, ends=e) for D in (64, 128) for e in ENDS[:2]]
     found += [Build(D, (64, 64), changes=THIN) for D in (64, 128)]
-    return found + [Build(changes=(("merged", True), ("keys", 64), ("stages", 4)))]
+    found += [Build(precision=each, changes=AHEAD) for each in ("int8_bf16", "int8_fp8")]
+    found += [
+        Build(D, blocks, changes=AHEAD) for D in (64, 128) for blocks in ((64, 128), (64, 64))
+    ]
+    for names in (("emulate",), ("emulate", "persistent"), ("ahead", "persistent")):
+        found += [Build(precision="int8_fp8", changes=tuple((name, True) for name in names))]
+    return found + [Build(changes=(("keys", 64), ("stages", 4)))]
 
 
 def compile_build(build: Build) -> dict:

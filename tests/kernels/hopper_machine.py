@@ -125,8 +125,8 @@ class Machine:
         barrier.change(1, 0)
         self.current.pause()
 
-    def wait(self, barrier, parity):
-        self.current.pause(lambda: barrier.done & 1 != int(parity))
+    def wait(self, barrier, parity, pred=True):
+        self.current.pause(lambda: not pred or barrier.done & 1 != int(parity))
 
     def load_tile(self, descriptor, at, barrier, tile):
         tile.x.fill_(GARBAGE)

@@ -43,7 +43,7 @@ from vdit_sparse.kernels.block_sparse.hopper.steps import (
 def _produce(
     descriptors, buffers, barriers, lists, strides, sizes, total,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr, MERGED: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
     """Queries of each tile, then the keys and values of its list."""
     q_desc, k_desc, v_desc, _ = descriptors
@@ -77,8 +77,7 @@ def _produce(
             tma.async_copy_global_to_shared(
                 k_desc, [b, h, start, 0], k_ready.index(k_slot), k_smem.index(k_slot)
             )
-            if not MERGED:
-                mbarrier.wait(v_empty.index(slot), phase ^ 1)
+            mbarrier.wait(v_empty.index(slot), phase ^ 1)
             mbarrier.expect(v_ready.index(slot), V_BYTES)
             if FP8:
                 tma.async_copy_global_to_shared(
@@ -98,8 +97,7 @@ def _consume(
     sizes, scale, skip_log2, tiles,
     W: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
-    PINGPONG: gl.constexpr, MERGED: gl.constexpr, LAZY: gl.constexpr, EMULATE: gl.constexpr,
-    UNROLL: gl.constexpr,
+    PINGPONG: gl.constexpr, EMULATE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Attention of the 64 queries `W * 64 ...` of each tile."""
     VALID: gl.constexpr = valid_ptr is not None
@@ -110,9 +108,6 @@ def _consume(
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if FP8 else 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 4 if FP8 else 2)
     number: gl.constexpr = descriptors[2].dtype
-    # Stale maxima need room above 1, which e4m3 at 448 has not; masked rows have no maximum, and
-    # that of integer scores moves a little in every step.
-    STALE: gl.constexpr = LAZY and not VALID and not INT8
     q_smem, k_smem, v_smem = buffers
     LONE: gl.constexpr = k_smem.shape[0] != v_smem.shape[0]
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, _turns = barriers
@@ -142,8 +137,7 @@ def _consume(
         k_slot, k_phase = key_place(slot, phase, LONE)
         started = start_scores(q, k_smem, k_ready, k_slot, k_phase, D, BN, S_L, INT8)
         scores = scores_of(warpgroup_mma_wait(0, [started]))
-        if not MERGED:
-            mbarrier.arrive(k_empty.index(k_slot))
+        mbarrier.arrive(k_empty.index(k_slot))
         if real < BN:
             scores = masked(scores, real, S_L, BN)
             if not FP8:
@@ -156,21 +150,10 @@ def _consume(
         rows = m0 + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_L))
         state = acc, p, peak, total, alpha, slot, phase, turn
         row = list_ptr, steps, full, length, to_log2, k_row
-        first = gl.to_tensor(1)
-        if UNROLL and not SKIP:
-            first = gl.maximum(steps - (steps - 1) % 2, 1)
-            for i in range(1, first, 2):
-                for j in gl.static_range(2):
-                    state, real = step(
-                        i + j, state, real, q, row, valid_ptr, k_scale_ptr, buffers, barriers, W, D,
-                        BLOCK_K, BN, STAGES, S_L, O_L, P_L, number, PINGPONG, MERGED,
-                        STALE, EMULATE and not VALID,
-                    )  # fmt: skip
-        for i in range(first, 1 if SKIP else steps):
+        for i in range(1, 1 if SKIP else steps):
             state, real = step(
                 i, state, real, q, row, valid_ptr, k_scale_ptr, buffers, barriers, W, D, BLOCK_K,
-                BN, STAGES, S_L, O_L, P_L, number, PINGPONG, MERGED, STALE,
-                EMULATE and not VALID,
+                BN, STAGES, S_L, O_L, P_L, number, PINGPONG, EMULATE and not VALID, AHEAD,
             )  # fmt: skip
         acc, p, peak, total, alpha, slot, phase, turn = state
         if PERSISTENT and not SKIP:
@@ -180,10 +163,7 @@ def _consume(
             zero_from(v_smem.index(slot).reshape([BN, D]), real, BN, D)
         started = start_values(p, acc, v_smem, slot, D, BN, O_L, FP8)
         product = warpgroup_mma_wait(0, [started])
-        if MERGED:
-            mbarrier.arrive(k_empty.index(slot))
-        else:
-            mbarrier.arrive(v_empty.index(slot))
+        mbarrier.arrive(v_empty.index(slot))
         slot, phase = advance(slot, phase, STAGES)
         if FP8:
             product += acc * alpha[:, None]
@@ -226,9 +206,7 @@ def hopper_forward(
     idx_b, idx_h, idx_q, cnt_b, cnt_h, cnt_q, H, S, keys, nk, tiles, scale, skip_log2,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
-    PERSISTENT: gl.constexpr,
-    PINGPONG: gl.constexpr, MERGED: gl.constexpr, LAZY: gl.constexpr, EMULATE: gl.constexpr,
-    UNROLL: gl.constexpr,
+    PERSISTENT: gl.constexpr, PINGPONG: gl.constexpr, EMULATE: gl.constexpr, AHEAD: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `block_sparse_attention`. Descriptors are 4-D. q_scale_ptr, k_scale_ptr, shift_ptr: of
@@ -282,18 +260,16 @@ def hopper_forward(
                 (_consume, (
                     descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, MERGED, LAZY, EMULATE,
-                    UNROLL,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, EMULATE, AHEAD,
                 )),
                 (_consume, (
                     descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 1, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, MERGED, LAZY, EMULATE,
-                    UNROLL,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, EMULATE, AHEAD,
                 )),
                 (_produce, (
                     descriptors, buffers, barriers, lists, strides, sizes, tiles, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, MERGED,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT,
                 )),
             ],
             [4, 1],
@@ -305,12 +281,11 @@ def hopper_forward(
                 (_consume, (
                     descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, False, MERGED, LAZY, EMULATE,
-                    UNROLL,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, False, EMULATE, AHEAD,
                 )),
                 (_produce, (
                     descriptors, buffers, barriers, lists, strides, sizes, tiles, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, MERGED,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT,
                 )),
             ],
             [1],

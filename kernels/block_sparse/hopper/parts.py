@@ -10,7 +10,6 @@ LOG2_448 = gl.constexpr(8.807354922057604)  # of the largest number of e4m3
 # and -inf * 0 is nan.
 SMALLEST = gl.constexpr(1e-30)
 OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23, of integer scores as floating-point numbers
-GROWTH = gl.constexpr(8.0)  # log2 of how far a stale maximum may be exceeded
 # Three of four exponentials in the special function unit, the fourth on the FMA units: 2^x is
 # 2^round(x) times a cubic in the rest, of relative error below 1e-4 (FlashAttention-4's trick).
 THREE_OF_FOUR = gl.constexpr("""

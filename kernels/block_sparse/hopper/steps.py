@@ -11,7 +11,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from vdit_sparse.kernels.block_sparse.hopper.parts import (
-    GROWTH,
     ROWS,
     SMALLEST,
     advance,
@@ -57,8 +56,7 @@ def step(
     i, state, real_last, q, row, valid_ptr, k_scale_ptr, buffers, barriers,
     W: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr, P_L: gl.constexpr,
-    number: gl.constexpr,
-    PINGPONG: gl.constexpr, MERGED: gl.constexpr, LAZY: gl.constexpr, EMULATE: gl.constexpr,
+    number: gl.constexpr, PINGPONG: gl.constexpr, EMULATE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of step `i`, values of the one before, of whose keys `real_last` are real;
     the new state, and how many keys of this step are real."""
@@ -94,34 +92,24 @@ def step(
         mbarrier.arrive(turns.index(1 - W))
         turn ^= 1
     scores = scores_of(warpgroup_mma_wait(1, [scores_started]))
-    if not MERGED:
-        mbarrier.arrive(k_empty.index(k_slot))
+    mbarrier.arrive(k_empty.index(k_slot))
     if VALID:
         scores = masked(scores, real, S_L, BN)
     peak_new = gl.maximum(peak, peak_of(scores, factor, INT8, FP8))
-    if LAZY:
-        # Weights up to 2^GROWTH are as exact, and the last division makes up for the shift.
-        moved = gl.max(peak_new - peak, 0) > GROWTH
-        peak_new = gl.where(moved, peak_new, peak)
     p, sums, peak_new, shift = weights_of(
         scores, factor, peak_new, P_L, number, EMULATE, INT8, VALID
     )
     alpha_new = gl.exp2(peak - shift)
     total = total * alpha_new + sums
     alpha_new = gl.convert_layout(alpha_new, gl.SliceLayout(1, O_L))
+    if AHEAD:
+        # ptxas moves the wait below up to the last barrier: without this, before the exponentials.
+        next_slot, next_phase = advance(slot, phase, STAGES)
+        k_slot, k_phase = key_place(next_slot, next_phase, k_smem.shape[0] != v_smem.shape[0])
+        mbarrier.wait(k_ready.index(k_slot), k_phase, pred=i + 1 < steps)
     product = warpgroup_mma_wait(0, [values_started])
-    if MERGED:
-        mbarrier.arrive(k_empty.index(last))
-    else:
-        mbarrier.arrive(v_empty.index(last))
-    if FP8:
-        acc = acc * alpha[:, None] + product
-    elif LAZY:
-        acc = product
-        if moved:
-            acc = acc * alpha_new[:, None]
-    else:
-        acc = product * alpha_new[:, None]
+    mbarrier.arrive(v_empty.index(last))
+    acc = acc * alpha[:, None] + product if FP8 else product * alpha_new[:, None]
     return (acc, p, peak_new, total, alpha_new, slot, phase, turn), real
 
 
