@@ -2,24 +2,26 @@
 
     python -m vdit_sparse.kernels.bench_hopper [--only GROUP ...] [--check] [--csv FILE]
 
-First every form computes a small problem, several at a time; then those that were right are timed,
-one after the other. Each result is printed as it comes, and all of them once more as a table at the
-end. All GPU work is done by processes that are ended and replaced when a form fails or does not
-come back: that form is a line in the table, and the exit status is 1. Meant to take under 100 s in
-all on one H200 and 16 cores. TFLOP/s count the kept blocks only.
+First every form computes a small problem, several at a time; then those that were right are timed
+in rounds, one form after the other in each, so that heat and power meet all alike; cuDNN's dense
+attention ends each round of a head size, with the clock, the power and what holds the clock back
+while it works (nvidia-smi). Each result is printed as it comes; the table at the end has medians
+over the rounds, and how far these were apart. All GPU work is done by processes that are ended and
+replaced when a form fails or does not come back: that form is a line in the table, and the exit
+status is 1. Meant to take under 90 s in all on one H200 and 16 cores. TFLOP/s count the kept blocks
+only.
 """
 
 import argparse
 import csv
 import statistics
+import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
-from multiprocessing import connection, get_context
 from pathlib import Path
-from time import monotonic
 
 import torch
 import triton
@@ -27,6 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from vdit_sparse.kernels.bench.lanes import each
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse.hopper.variants import Variant, variant_for
 from vdit_sparse.kernels.block_sparse.layout import empty_outputs
@@ -34,10 +37,13 @@ from vdit_sparse.kernels.block_sparse.reference import forward as reference_forw
 
 WIDE = {"heads": 24, "tokens": 32768, "dim": 128}
 NARROW = {"heads": 16, "tokens": 45056, "dim": 64}
+AHEAD, EMULATE = {"ahead": True}, {"emulate": True}
 EVEN = [("local", 0.25), ("random", 0.25), ("local", 0.1), ("random", 0.1)]
 LARGEST_ERROR = {"bf16": 7e-3, "int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
 CHECK_SECONDS = 60  # of a small problem with its process's start and compiling; then it is hung
-TIME_SECONDS = 30  # of timing one form
+TIME_SECONDS = 30  # of timing one form in one round
+ROUNDS = 4
+CALLS = 3  # timed in one round, after one
 
 
 @dataclass(frozen=True)
@@ -60,41 +66,32 @@ class Form:
 
 def forms(groups: list[str]) -> list[Form]:
     """Every form of the groups asked for."""
-    flags = ["persistent", "pingpong", "lazy", "unroll", "longest_first"]
-    wide: list[dict] = [{}, *({flag: True} for flag in flags)]
-    wide += [
-        {"persistent": True, "pingpong": True},
-        {"keys": 64, "stages": 4},
-        {"keys": 64, "stages": 4, "merged": True},
-        {"stages": 3},
-    ]
-    narrow: list[dict] = [{}, {"emulate": True}, {"pingpong": True}, {"persistent": True}]
-    narrow += [{"emulate": True, "pingpong": True}, {"emulate": True, "persistent": True}]
-    narrow += [{"stages": 2}, {"lazy": True}]
-    eight: list[dict] = [{}, {"pingpong": True}, {"persistent": True}, {"stages": 4}]
-    eight += [{"emulate": True}, {"persistent": True, "pingpong": True}]
+    turns = {"pingpong": True}
+    wide = [{}, AHEAD, turns, AHEAD | turns, {"persistent": True}, {"longest_first": True}]
+    narrow = [{}, AHEAD, EMULATE, AHEAD | EMULATE, turns, {"persistent": True}]
+    # In 8 bits the consumers take turns unless it says otherwise.
+    eight = [{}, {"pingpong": False}, AHEAD, AHEAD | {"pingpong": False}, EMULATE, AHEAD | EMULATE]
+    eight += [{"persistent": True}, EMULATE | {"persistent": True}, {"longest_first": True}]
+    paired = {"consumers": 2, "registers": None, "paired": True, "lone": False}
     found = [_form("wide", 128, changes=change) for change in wide]
     found += [_form("narrow", 64, changes=change) for change in narrow]
     for blocks in ((64, 128), (64, 64), (128, 64)):
-        found += [_form("rows", 128, blocks)]
-    paired = {"consumers": 2, "registers": None, "paired": True}
-    found += [_form("rows", 128, (64, 128), changes=paired | {"keys": 128})]
+        found += [_form("rows", 128, blocks, changes=change) for change in ({}, AHEAD)]
+    found += [_form("rows", 128, (64, 128), changes=paired | {"stages": 3})]
     found += [_form("rows", 128, (64, 64), changes=paired | {"stages": 6})]
-    lone = {"keys": 128, "stages": 2, "lone": True}
-    found += [_form("rows", 128, (64, 128), changes=lone)]
-    found += [_form("rows", 128, (64, 128), changes={"keys": 128, "stages": 1})]
-    found += [_form("rows", 128, (64, 128), changes={"persistent": True, "stages": 2})]
-    found += [_form("rows", 128, (64, 128), changes={"lazy": True})]
+    found += [_form("rows", 128, (64, 128), changes={"stages": 1, "lone": False})]
     found += [_form("eight", 128, precision="int8_fp8", changes=change) for change in eight]
-    found += [_form("eight", 128, precision="int8_bf16", changes=change) for change in eight[:2]]
-    found += [_form("eight", 64, precision="int8_fp8", changes=change) for change in eight[:2]]
+    found += [_form("eight", 128, precision="int8_bf16", changes=change) for change in ({}, AHEAD)]
+    found += [_form("eight", 64, precision="int8_fp8")]
     return [form for form in found if form.group in groups]
 
 
 def _form(group: str, dim: int, blocks=(128, 128), precision="bf16", changes=None) -> Form:
     items = tuple((changes or {}).items())
     shown = [item for item in items if item[0] not in ("consumers", "registers")]
-    words = [name if value is True else f"{name} {value}" for name, value in shown]
+    words = [
+        name if x is True else f"no {name}" if x is False else f"{name} {x}" for name, x in shown
+    ]
     return Form(group, ", ".join(words) or "as it is", dim, blocks, precision, items)
 
 
@@ -139,81 +136,10 @@ def check(form: Form) -> str | None:
     return None if right else f"wrong by {error:.1e}, lse by {lse_error:.1e}"
 
 
-@dataclass
-class Lane:
-    """A process that works, and the job that it has until `end` (seconds of a clock)."""
-
-    process: object
-    pipe: connection.Connection
-    job: object = None
-    end: float = 0.0
-
-
-def each(jobs: list, work: Callable, lanes: int, seconds: float) -> Iterator[tuple]:
-    """(job, result, None) or (job, None, what went wrong) of `work(job)`, as they come, from
-    `lanes` processes; one whose job fails, or takes longer than `seconds`, is replaced: the errors
-    of a GPU stay with a process."""
-    waiting, busy, idle = deque(jobs), [], []
-    while waiting or busy:
-        while waiting and len(busy) < lanes:
-            lane = idle.pop() if idle else start(work)
-            lane.job, lane.end = waiting.popleft(), monotonic() + seconds
-            lane.pipe.send(lane.job)
-            busy.append(lane)
-        limit = max(0.0, min(lane.end for lane in busy) - monotonic())
-        ready = connection.wait([lane.pipe for lane in busy], timeout=limit)
-        for lane in [lane for lane in busy if lane.pipe in ready or lane.end <= monotonic()]:
-            result, fault = None, f"hung: no result in {seconds} s"
-            if lane.pipe in ready:
-                result, fault = answer(lane)
-            busy.remove(lane)
-            if fault is None:
-                idle.append(lane)
-            else:
-                lane.process.kill()
-            yield lane.job, result, fault
-    for lane in idle:
-        lane.process.kill()
-
-
-def start(work: Callable) -> Lane:
-    """A new process for `work`; torch is imported once for all."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "triton"])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, work), daemon=True)
-    process.start()
-    theirs.close()
-    return Lane(process, ours)
-
-
-def serve(pipe: connection.Connection, work: Callable) -> None:
-    """Does jobs until one fails."""
-    fault = None
-    while fault is None:
-        result = None
-        try:
-            with torch.inference_mode():
-                result = work(pipe.recv())
-        except Exception as error:
-            fault = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:90]}"
-        pipe.send((result, fault))
-
-
-def answer(lane: Lane) -> tuple[object, str | None]:
-    """What a process says, or that it died."""
-    try:
-        return lane.pipe.recv()
-    except EOFError:
-        lane.process.join()
-        return None, f"its process died: exit code {lane.process.exitcode}"
-
-
-def milliseconds(call: Callable[[], object], rounds: int = 9) -> float:
-    """Median of `rounds` calls, after three."""
-    for _ in range(3):
-        call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(rounds)]
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median of a round's calls, after one."""
+    call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(CALLS)]
     for start, end in events:
         start.record()
         call()
@@ -259,11 +185,12 @@ def masks_of(form: Form) -> list[tuple[str, float]]:
     """What this form is timed on."""
     if form.group == "wide":
         return [*EVEN, ("ragged", 0.25), ("all", 1.0)]
-    return [("local", 0.25), ("random", 0.25), ("ragged", 0.25)][: 3 if form.group == "rows" else 2]
+    return [("local", 0.25), ("random", 0.25), ("ragged", 0.25)][: 2 if form.dim == 64 else 3]
 
 
-def rows_of(form: Form) -> list[dict]:
-    """The form's lines of the table."""
+def rows_of(job: tuple[int, Form]) -> list[dict]:
+    """The form's lines in one round."""
+    _, form = job
     if form.group == "dense":
         return [cudnn(form)]
     rows = []
@@ -293,21 +220,46 @@ def rates(shape: dict, density: float, times: dict[str, float]) -> dict[str, flo
 
 
 def cudnn(form: Form) -> dict:
-    """Dense attention of cuDNN."""
+    """Dense attention of cuDNN, and the state of the GPU while it works."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         ms = milliseconds(lambda: scaled_dot_product_attention(*tensors_of(form.dim)))
+        for _ in range(20):
+            scaled_dot_product_attention(*tensors_of(form.dim))
+        state = gpu_state()
     place = {"pattern": "all", "density": 1.0}
-    return facts(form) | place | rates(shape_of(form.dim), 1.0, {"ms": ms})
+    return facts(form) | place | rates(shape_of(form.dim), 1.0, {"ms": ms}) | {"gpu": state}
+
+
+def gpu_state() -> str:
+    """Clock, power and, as bits, what holds the clock back."""
+    asked = "--query-gpu=clocks.sm,power.draw,clocks_event_reasons.active"
+    uuid = torch.cuda.get_device_properties().uuid
+    command = ["nvidia-smi", asked, "--format=csv,noheader", "-i", f"GPU-{uuid}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nvidia-smi: {type(error).__name__}"
+    return (done.stdout.strip() or done.stderr.strip())[:90]
 
 
 def with_dense(every: list[Form]) -> list[Form]:
-    """The same, with cuDNN before the forms of each head size and once more at the end: if the two
-    differ, the clock has changed."""
-    dims = dict.fromkeys(form.dim for form in every)
+    """The same by head size, cuDNN after each."""
     found = []
-    for dim in dims:
-        dense = Form("dense", "cuDNN", dim)
-        found += [dense, *(form for form in every if form.dim == dim), dense]
+    for dim in dict.fromkeys(form.dim for form in every):
+        found += [*(form for form in every if form.dim == dim), Form("dense", "cuDNN", dim)]
+    return found
+
+
+def over_rounds(rounds: list[list[dict]]) -> list[dict]:
+    """A form's lines with medians of its times; spread: how far the longest is above the
+    shortest."""
+    found = []
+    for same in zip(*rounds, strict=True):
+        times = {n: [row[n] for row in same] for n in ("ms", "quantise_ms") if n in same[0]}
+        spread = max(times["ms"]) / min(times["ms"]) - 1
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        row = same[0] | rates(shape_of(same[0]["dim"]), same[0]["density"], medians)
+        found.append(row | {"spread": spread})
     return found
 
 
@@ -317,7 +269,9 @@ def line(row: dict) -> str:
     head = f"{row['group']:6} D={row['dim']:<3} {blocks:7} {row['precision']:9} {row['name']:28}"
     if "note" in row:
         return f"{head} {row['note']}"
-    extra = f"  {row['tflops_with']:6.1f} with quantising" if "tflops_with" in row else ""
+    extra = f"  +{100 * row['spread']:.0f} %" if "spread" in row else ""
+    extra += f"  {row['tflops_with']:6.1f} with quantising" if "tflops_with" in row else ""
+    extra += f"  {row['gpu']}" if "gpu" in row else ""
     return (
         f"{head} {row['pattern']:6} {row['density']:5.3f} {row['ms']:8.3f} ms "
         f"{row['tflops']:6.1f} TFLOP/s{extra}"
@@ -342,17 +296,23 @@ def check_all(every: list[Form], lanes: int) -> dict[Form, str]:
 
 
 def time_all(every: list[Form], wrong: dict[Form, str]) -> tuple[list[dict], int]:
-    """All lines of the table, and how many forms failed."""
-    rows = [facts(form) | {"note": note} for form, note in wrong.items()]
+    """All lines of the table, and how many forms failed; one that fails is in no later round."""
     right = with_dense([form for form in every if form not in wrong])
-    failed = len(wrong)
-    for form, found, fault in each(right, rows_of, 1, TIME_SECONDS):
-        failed += fault is not None
-        new = [facts(form) | {"note": f"{fault}, timed"}] if fault else found
-        for row in new:
-            print(line(row), flush=True)
-        rows += new
-    return rows, failed
+    jobs = deque((count, form) for count in range(ROUNDS) for form in right)
+    found, faults = {form: [] for form in right}, dict(wrong)
+    for (count, form), rows, fault in each(jobs, rows_of, 1, TIME_SECONDS):
+        if fault is None:
+            found[form].append(rows)
+            for row in rows:
+                print(count, line(row), flush=True)
+            continue
+        faults[form] = f"{fault}, timed"
+        for job in [job for job in jobs if job[1] == form]:
+            jobs.remove(job)
+        print(count, line(facts(form) | {"note": faults[form]}), flush=True)
+    table = [facts(form) | {"note": note} for form, note in faults.items()]
+    table += [row for rounds in found.values() if rounds for row in over_rounds(rounds)]
+    return table, len(faults)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

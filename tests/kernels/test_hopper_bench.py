@@ -2,8 +2,11 @@
 
 import os
 import time
+from collections import deque
 
-from vdit_sparse.kernels.bench_hopper import Form, each, facts, forms, line, rates, with_dense
+from vdit_sparse.kernels import bench_hopper
+from vdit_sparse.kernels.bench.lanes import each
+from vdit_sparse.kernels.bench_hopper import Form, facts, forms, line, rates, with_dense
 
 GROUPS = ["wide", "narrow", "rows", "eight"]
 
@@ -41,4 +44,31 @@ def test_every_form_has_a_line():
         )
         assert "TFLOP/s" in line(row) and form.name in line(facts(form) | {"note": "hung"})
     dense = [form for form in with_dense(every) if form.group == "dense"]
-    assert dense == [Form("dense", "cuDNN", dim) for dim in (128, 128, 64, 64)]
+    assert dense == [Form("dense", "cuDNN", dim) for dim in (128, 64)]
+
+
+def test_forms_are_timed_in_rounds(monkeypatch, capsys):
+    """One that fails is left out of the later rounds, and its times stay."""
+    slow, fails = forms(["wide"])[:2]
+    seen, times = [], iter([5.0, 9.0, 6.0, 6.0])
+
+    def run(jobs, work, lanes, seconds):
+        assert isinstance(jobs, deque)
+        while jobs:
+            count, form = job = jobs.popleft()
+            seen.append(job)
+            if form == fails:
+                yield job, None, "hung"
+                continue
+            place = {"pattern": "all", "density": 1.0, "ms": next(times) if form == slow else 1.0}
+            yield job, [facts(form) | place | {"tflops": 1.0}], None
+
+    monkeypatch.setattr(bench_hopper, "each", run)
+    table, failed = bench_hopper.time_all([slow, fails], {})
+    dense = Form("dense", "cuDNN", 128)
+    rounds = [[slow, fails, dense], *[[slow, dense]] * 3]
+    assert seen == [(count, form) for count, found in enumerate(rounds) for form in found]
+    assert failed == 1 and table[0]["note"] == "hung, timed" and len(table) == 3
+    assert table[1]["ms"] == 6.0 and abs(table[1]["spread"] - 0.8) < 1e-9
+    assert table[1]["tflops"] == rates(bench_hopper.WIDE, 1.0, {"ms": 6.0})["tflops"]
+    assert "+80 %" in line(table[1]) and capsys.readouterr().out.count("\n") == 9
