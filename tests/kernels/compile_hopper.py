@@ -68,6 +68,7 @@ def builds(quick: bool) -> list[Build]:
             Build(blocks=(64, 128)),
             Build(D=64, precision="int8_fp8"),
             Build(blocks=(64, 128), changes=WIDE),
+            Build(precision="int8_fp8", changes=AHEAD),
         ]
     every = [(128, 128), (128, 64), (64, 128), (64, 64)]
     found = [Build(D, blocks) for D in (64, 128) for blocks in every]
@@ -107,6 +108,7 @@ def compile_build(build: Build) -> dict:
         object_.write_bytes(compiled.asm["cubin"])
         said = _run("ptxas", "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/again")
         usage = _run("cuobjdump", "--dump-resource-usage", str(object_))
+        sass = _run("cuobjdump", "-sass", str(object_))
     _, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups()
     return {
         "build": f"{build.D} {build.blocks} {build.precision} {build.ends} {build.dtype}"
@@ -120,7 +122,15 @@ def compile_build(build: Build) -> dict:
         "loads": ptx.count("cp.async.bulk.tensor"),
         "shuffles": ptx.count("shfl.sync.bfly"),
         "consumers": variant.consumers,
+        "beside_values": beside_values(sass),
     }
+
+
+def beside_values(sass: str) -> list[int]:
+    """Exponentials between the wait for scores and that for values, in each place that has both:
+    what a consumer computes while its own products run."""
+    waits = re.findall(r"DEPBAR\.LE gsb0, 0x1.*?DEPBAR\.LE gsb0, 0x0", sass, re.DOTALL)
+    return [wait.count("MUFU.EX2") for wait in waits]
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -183,7 +193,8 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['build']:42} {row['spilled_bytes']:3} spilled {row['shared_bytes'] / 1024:4.0f} "
-            f"KiB {row['shuffles']:3} shuffles {row['serialised']} {row['changes']}"
+            f"KiB {row['shuffles']:3} shuffles {row['serialised']} {row['beside_values']} "
+            f"{row['changes']}"
         )
 
 
