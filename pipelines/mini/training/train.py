@@ -43,6 +43,7 @@ from vdit_sparse.pipelines.mini.training.judge import JUDGES
 from vdit_sparse.pipelines.mini.training.judge_training import JudgeSettings, train_judge
 from vdit_sparse.pipelines.mini.training.models import SIZES
 from vdit_sparse.pipelines.mini.training.pacing import report, stopped_by_signal, stopping
+from vdit_sparse.pipelines.mini.training.phrases import PhrasesSettings, train_phrases
 from vdit_sparse.pipelines.mini.training.reports import write_report
 from vdit_sparse.pipelines.mini.training.sample import (
     PROMPTS,
@@ -113,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
         stage.add_argument("--sizes", choices=sorted(SIZES), default="released")
         stage.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         stage.add_argument("--seed", type=int, default=0)
-        if name in ("autoencoder", "evaluate", "denoiser", "distill", *GENERATING):
+        if name in ("evaluate", *TRAINERS, *GENERATING):
             for side, default in (("height", 256), ("width", 448), ("frames", 25)):
                 stage.add_argument(f"--{side}", type=int, default=default)
         if name in GENERATING:
@@ -265,6 +266,7 @@ RUNNERS = {
     "autoencoder": _run_training,
     "evaluate": _run_evaluate,
     "denoiser": _run_training,
+    "phrases": _run_training,
     "export": _run_export,
     "sample": _run_sample,
     "structure": _run_structure,
@@ -276,11 +278,13 @@ RUNNERS = {
 SETTINGS = {
     "autoencoder": AutoencoderSettings,
     "denoiser": DenoiserSettings,
+    "phrases": PhrasesSettings,
     "distill": DistillSettings,
 }
 TRAINERS = {
     "autoencoder": train_autoencoder,
     "denoiser": train_denoiser,
+    "phrases": train_phrases,
     "distill": train_student,
 }
 

@@ -15,7 +15,6 @@ from vdit_sparse.app import checks
 from vdit_sparse.app.cli import app
 from vdit_sparse.app.demo import models
 from vdit_sparse.app.demo.limits import Studio
-from vdit_sparse.app.options import InputError
 from vdit_sparse.pipelines import load
 from vdit_sparse.pipelines.few_step import FOLDER, WEIGHTS, load_few_step, merge, quantise
 from vdit_sparse.pipelines.mini.training import train
@@ -319,7 +318,7 @@ def test_weights_of_another_transformer_are_refused(bundled):
         load_few_step(pipe, bundled)
 
 
-def test_the_studio_offers_mini_fast_where_its_weights_are(bundled, tmp_path, monkeypatch):
+def test_the_studio_offers_mini_fast_with_its_own_defaults(bundled, tmp_path, monkeypatch):
     studio = Studio(tmp_path)
     monkeypatch.setattr(models, "bundled_model", lambda: bundled)
     assert models.offered(studio) == ["bundled", "mini-fast"]
@@ -327,10 +326,6 @@ def test_the_studio_offers_mini_fast_where_its_weights_are(bundled, tmp_path, mo
     defaults = models.known("mini-fast").defaults
     assert (defaults["num_inference_steps"], defaults["guidance_scale"]) == (6, 1.0)
     assert defaults["num_frames"] == 5 and models.known(None).defaults["guidance_scale"] == 4.0
-    monkeypatch.setattr(models, "bundled_model", lambda: tmp_path)
-    assert models.offered(studio) == ["bundled"]
-    with pytest.raises(InputError, match="no model 'mini-fast'"):
-        models.resolve("mini-fast", studio)
 
 
 def test_the_command_line_takes_mini_fast(bundled, tmp_path, monkeypatch):
