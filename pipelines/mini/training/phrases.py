@@ -29,6 +29,8 @@ SIDES = re.compile(r"from (left|right) to (left|right)")
 # Where the four words of `SIDES` lie among the three of "to the left".
 _PLACES = (0, 1, 1, 2)
 _SEED = 25_000_000
+# Where a checkpoint of the denoiser has the text encoder.
+_TEXT = ("text_encoder", "text_encoder_average")
 # Buckets of T5's relative positions -1 and +1.
 _BEFORE, _AFTER = 1, 17
 
@@ -70,7 +72,7 @@ class Lesson:
 
     def rows(self, index: Tensor) -> "Lesson":
         """The lesson of some captions, as long as the longest of them."""
-        length = int(((self.tokens[index] != 0) | (self.plain[index] != 0)).sum(1).max())
+        length = int((self.tokens[index] != 0).sum(1).max())  # plain words are never more
         parts = (self.tokens, self.plain, self.places, self.camera)
         return Lesson(*(part[index, :length] for part in parts))
 
@@ -115,9 +117,6 @@ def train_phrases(
     weights = {name: tensor.cpu() for name, tensor in student.state_dict().items()}
     checkpoints.save("denoiser", state | dict.fromkeys(_TEXT, weights))
     return meter.losses
-
-
-_TEXT = ("text_encoder", "text_encoder_average")
 
 
 def loosen(encoder: UMT5EncoderModel, queries: float) -> None:
