@@ -1,23 +1,14 @@
 """The few-step student: it learns, its times are the sampler's, and it loads as `mini-fast`."""
 
 import copy
-import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
-from typer.testing import CliRunner
 
 from tests.pipelines.mini.toys import SHAPE, randomise
-from vdit_sparse import load_pipeline
-from vdit_sparse.app import checks
-from vdit_sparse.app.cli import app
-from vdit_sparse.app.demo import models
-from vdit_sparse.app.demo.limits import Studio
-from vdit_sparse.pipelines import load
-from vdit_sparse.pipelines.few_step import FOLDER, WEIGHTS, load_few_step, merge, quantise
-from vdit_sparse.pipelines.mini.training import train
+from vdit_sparse.pipelines.few_step import FOLDER, WEIGHTS, merge, quantise
 from vdit_sparse.pipelines.mini.training.checkpoints import Checkpoints
 from vdit_sparse.pipelines.mini.training.denoiser import Denoiser, compile_blocks
 from vdit_sparse.pipelines.mini.training.distill import (
@@ -30,7 +21,6 @@ from vdit_sparse.pipelines.mini.training.lora import add_lora, factors, lora_lay
 from vdit_sparse.pipelines.mini.training.models import (
     RELEASED,
     TINY,
-    build_autoencoder,
     build_transformer,
 )
 from vdit_sparse.pipelines.mini.training.trajectories import (
@@ -39,44 +29,6 @@ from vdit_sparse.pipelines.mini.training.trajectories import (
     Trajectories,
     predict,
 )
-
-SIZE = ["--height", "32", "--width", "64", "--frames", "5"]
-CALL = {"height": 32, "width": 64, "num_frames": 5, "output_type": "latent"}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, one_thread):
-    """Checkpoints and export of a random model, distilled by the command line."""
-    torch.manual_seed(0)
-    checkpoints = Checkpoints(tmp_path_factory.mktemp("distilled"))
-    vae, model = build_autoencoder(TINY), randomise(Denoiser(TINY), 0.05)
-    checkpoints.save(
-        "autoencoder",
-        {"average": vae.state_dict(), "mean": torch.zeros(8), "std": torch.ones(8)},
-    )
-    checkpoints.save(
-        "denoiser",
-        {
-            "transformer_average": model.transformer.state_dict(),
-            "text_encoder_average": model.text_encoder.state_dict(),
-        },
-    )
-    common = ["--folder", str(checkpoints.folder), "--sizes", "tiny"]
-    stage = ["distill", *common, *SIZE, "--device", "cpu", "--batch", "2", "--clips", "2"]
-    stage += ["--seconds", "0.5", "--no-compiled"]
-    train.main(["export", *common, "then", *stage, "then", *stage, "--resume"])
-    generation = {**CALL, "num_inference_steps": 9, "guidance_scale": 4.0, "fps": 10}
-    generation |= {"output_type": "np", "max_sequence_length": 64}
-    (checkpoints.pipeline / "generation.json").write_text(json.dumps(generation))
-    return checkpoints
-
-
-@pytest.fixture
-def bundled(trained, monkeypatch):
-    """The distilled model in the place of the bundled one."""
-    monkeypatch.setattr(load, "MINI", trained.pipeline)
-    monkeypatch.setattr(checks, "bundled_model", lambda: trained.pipeline)
-    return trained.pipeline
 
 
 def clips(device, count=4) -> LatentSet:
@@ -257,92 +209,6 @@ def test_the_stage_counts_its_steps_and_resumes(trained):
     assert state["step"] >= 2 and state["steps"] == 6
     assert state["average"].keys() == state["lora"].keys()
     assert any(tensor.count_nonzero() for name, tensor in state["average"].items() if "up" in name)
-
-
-def test_the_pipeline_visits_the_student_times_with_one_forward_each(bundled):
-    pipe = load_pipeline("mini-fast", dtype=torch.float32, device="cpu")
-    pipe.set_progress_bar_config(disable=True)
-    calls = []
-
-    def record(module, arguments, named, output):
-        calls.append((named["hidden_states"], named["timestep"], output[0]))
-
-    pipe.transformer.register_forward_hook(record, with_kwargs=True)
-    noise = torch.randn(1, 8, 2, 4, 8)
-    found = pipe("a red fox", latents=noise, output_type="latent").frames
-    times = Times.of(6, 3.0, "cpu")
-    assert torch.stack([timestep for _, timestep, _ in calls])[:, 0].equal(times.timesteps.long())
-    state = noise
-    for index, (seen, _, velocity) in enumerate(calls):
-        torch.testing.assert_close(seen, state, rtol=1e-4, atol=1e-4)
-        state = state - (times.sigmas[index] - times.sigmas[index + 1]) * velocity
-    torch.testing.assert_close(found, state, rtol=1e-4, atol=1e-4)
-
-
-def test_mini_fast_is_the_bundled_model_with_the_student_merged(bundled, trained):
-    fast, full = (load_pipeline(n, dtype=torch.float32, device="cpu") for n in ("mini-fast", None))
-    assert fast.generation == {**full.generation, "num_inference_steps": 6, "guidance_scale": 1.0}
-    assert load.defaults(fast)["fps"] == 10
-    name = "blocks.1.attn1.to_q"
-    up, down = factors(trained.load("distill")["average"])[name]
-    difference = (
-        fast.transformer.get_submodule(name).weight - full.transformer.get_submodule(name).weight
-    )
-    expected = up @ down
-    assert expected.norm() > 0
-    assert (difference - expected).norm() < 0.02 * expected.norm()
-
-
-def test_the_weights_load_in_bf16_too(bundled):
-    pipe = load_pipeline("mini-fast", dtype=torch.bfloat16, device="cpu")
-    assert pipe.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
-    assert pipe.scheduler.config.solver_order == 1
-
-
-def test_missing_weights_say_what_to_do(bundled, tmp_path, monkeypatch):
-    pipe = load_pipeline(dtype=torch.float32, device="cpu")
-    with pytest.raises(FileNotFoundError, match="few-step weights are not there.*'distill'"):
-        load_few_step(pipe, tmp_path)
-
-
-def test_weights_of_another_transformer_are_refused(bundled):
-    pipe = load_pipeline(dtype=torch.float32, device="cpu")
-    with torch.no_grad():
-        pipe.transformer.proj_out.bias += 0.1
-    before = pipe.transformer.blocks[0].ffn.net[2].weight.clone()
-    with pytest.raises(ValueError, match=r"made for other weights.*Distil this transformer"):
-        load_few_step(pipe, bundled)
-    assert pipe.transformer.blocks[0].ffn.net[2].weight.equal(before)
-    pipe.transformer.blocks[0].ffn.net[2] = torch.nn.Linear(95, 64)
-    with pytest.raises(ValueError, match=r"of \(64, 96\), this one \(64, 95\)"):
-        load_few_step(pipe, bundled)
-
-
-def test_the_studio_offers_mini_fast_with_its_own_defaults(bundled, tmp_path, monkeypatch):
-    studio = Studio(tmp_path)
-    monkeypatch.setattr(models, "bundled_model", lambda: bundled)
-    assert models.offered(studio) == ["bundled", "mini-fast"]
-    assert models.resolve("mini-fast", studio) == "mini-fast"
-    defaults = models.known("mini-fast").defaults
-    assert (defaults["num_inference_steps"], defaults["guidance_scale"]) == (6, 1.0)
-    assert defaults["num_frames"] == 5 and models.known(None).defaults["guidance_scale"] == 4.0
-
-
-def test_the_command_line_takes_mini_fast(bundled, tmp_path, monkeypatch):
-    words = ["generate", "--model", "mini-fast", "--prompt", "a fox", "--method", "dense"]
-    words += ["--device", "cpu", "--dtype", "fp32"]
-    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "made")])
-    assert done.exit_code == 0, done.output
-    report = json.loads((tmp_path / "made" / "report.json").read_text())
-    assert report["model"]["name"] == "mini-fast"
-    settings = report["settings"]
-    assert (settings["num_inference_steps"], settings["guidance_scale"]) == (6, 1.0)
-    refused = CliRunner().invoke(app, [*words, "--size", "30x64", "--out", str(tmp_path / "no")])
-    assert refused.exit_code == 2 and "nearest" in refused.stderr
-    monkeypatch.setattr("vdit_sparse.pipelines.few_step.FOLDER", "nowhere")
-    missing = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "none")])
-    assert missing.exit_code == 2
-    assert "Cannot load mini-fast: The few-step weights are not there" in missing.stderr
 
 
 @pytest.mark.gpu
