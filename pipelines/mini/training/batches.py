@@ -145,6 +145,7 @@ class LatentLibrary:
         size = (shape.height, shape.width, shape.frames)
         if size not in self._sets:
             kept, calls = self._read(size, shape.device, settings.phrasings)
+            calls = max(calls, settings.earlier_calls)
             data = self._render(shape, limit, settings.phrasings, (kept, calls))
             self._sets[size] = data
             if settings.keep_latents and data is not kept:

@@ -39,6 +39,7 @@ class DenoiserSettings:
         average_seconds: length of the moving average of the weights.
         keep_latents: write the rendered latents beside the checkpoints and read them in a later
             call, which then renders only what is missing.
+        earlier_calls: that rendered clips on machines which are gone: this one renders others.
         compiled: compile the transformer's blocks.
         fused: queries, keys and values in one matrix product (`fused_attention.py`).
         attention: diffusers' backend for self-attention, or "fastest" to time them first.
@@ -64,6 +65,7 @@ class DenoiserSettings:
     final: float = 0.02
     average_seconds: float = 30.0
     keep_latents: bool = False
+    earlier_calls: int = 0
     compiled: bool = True
     fused: bool = True
     attention: str = "fastest"

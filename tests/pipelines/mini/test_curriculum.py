@@ -142,6 +142,14 @@ def test_kept_latents_are_read_completed_and_bound_to_their_autoencoder(checkpoi
     assert len(LatentLibrary(checkpoints, TINY, "cpu").obtain(SHAPE, Limit(1), keep).latents) == 1
 
 
+def test_clips_of_earlier_calls_are_not_rendered_again(checkpoints):
+    first, other = (
+        LatentLibrary(checkpoints, TINY, "cpu").obtain(SHAPE, Limit(2), settings).latents
+        for settings in (SETTINGS, replace(SETTINGS, earlier_calls=2))
+    )
+    assert (first[:, None] != other[None]).flatten(2).any(-1).all()
+
+
 @pytest.mark.parametrize("motion", sorted(MOTION_SHARES))
 def test_a_long_clip_is_one_motion_at_half_the_speed(motion):
     spec = sample_spec(np.random.default_rng(5))
