@@ -7,11 +7,13 @@ file `NAME.json` that `reports.write_report` or `eval.adherence` wrote. `run.jso
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 NOT_MEASURED = "Not measured for these weights."
 RUN = "run.json"
+# Places whose figures do not depend on the transformer -> what they depend on.
+_ABOUT = {"autoencoder": "vae", "size": None}
 _PLACE = re.compile(r"<!-- (?!end )([\w-]+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
 
 
@@ -32,9 +34,10 @@ def read_reports(folder: Path) -> dict[str, dict]:
     return found
 
 
-def fill(card: str, reports: Mapping[str, Mapping], changed: bool) -> str:
+def fill(card: str, reports: Mapping[str, Mapping], changed: Collection[str]) -> str:
     """The card with each report in its place. Places without one stay as they are, or say that
-    nothing was measured if the weights have `changed`; the place `size` always stays.
+    nothing was measured if what they are about has `changed`: the transformer, or for the place
+    `autoencoder` the vae; the place `size` always stays.
 
     Raises ValueError for a report without a place, for it would be lost.
     """
@@ -50,7 +53,7 @@ def fill(card: str, reports: Mapping[str, Mapping], changed: bool) -> str:
         name, body = match[1], match[2]
         if name in reports:
             body = section(reports[name])
-        elif changed and name != "size":
+        elif _ABOUT.get(name, "transformer") in changed:
             body = NOT_MEASURED + "\n"
         return f"<!-- {name} -->\n{body}<!-- end {name} -->"
 

@@ -65,7 +65,7 @@ def release(folders: list[Path], model: Path, limit: int = LIMIT, keep_old: bool
         if (found / "reports" / SHEET).is_file():
             shutil.copyfile(found / "reports" / SHEET, new / SHEET)
         verify(new)
-        _write_card(found / "reports", new, "transformer" in brought)
+        _write_card(found / "reports", new, brought)
         size = _checked_size(new, limit)
         _replace(new, model, brought, dropped)
         for name in {"README.md", SHEET} & {file.name for file in new.iterdir()}:
@@ -143,13 +143,13 @@ def _replace(source: Path, target: Path, parts: list[str], dropped: list[str]) -
         shutil.copytree(source / part, target / part, copy_function=shutil.copyfile)
 
 
-def _write_card(reports: Path, new: Path, changed: bool) -> None:
+def _write_card(reports: Path, new: Path, changed: list[str]) -> None:
     card = new / "README.md"
     found = read_reports(reports)
     text = fill(card.read_text(), found, changed)
     # The table of sizes is part of what it measures: its second filling has the final length.
     for _ in range(2):
-        card.write_text(fill(text, {"size": {"markdown": size_table(new)}}, False))
+        card.write_text(fill(text, {"size": {"markdown": size_table(new)}}, ()))
 
 
 def _checked_size(new: Path, limit: int) -> int:

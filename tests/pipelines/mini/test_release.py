@@ -173,8 +173,8 @@ def test_weights_that_are_not_finite_are_refused(models, model, tmp_path):
 
 def test_a_report_without_a_place_is_refused():
     with pytest.raises(ValueError, match="none for speed: write `<!-- speed -->`"):
-        fill(CARD, {"speed": {"markdown": "1 s"}}, False)
-    assert fill(CARD, {}, False) == CARD
+        fill(CARD, {"speed": {"markdown": "1 s"}}, ())
+    assert fill(CARD, {}, ()) == CARD
     assert section({"markdown": "1 s"}) == "1 s\n"
 
 
@@ -183,6 +183,9 @@ def test_the_card_has_the_places_of_all_reports():
     names = ("size", "autoencoder", "adherence-25-frames", "adherence-49-frames")
     names += ("adherence-mini-fast", "time-mini-fast", "structure-25-frames", "structure-49-frames")
     reports = {name: {"markdown": f"figures of {name}"} for name in names}
-    filled = fill(card, reports, True)
+    filled = fill(card, reports, ["transformer"])
     assert all(f"figures of {name}\n" in filled for name in names)
-    assert fill(filled, reports, True) == filled
+    assert fill(filled, reports, ["transformer"]) == filled
+    other = fill(filled, {}, ["transformer"])
+    assert "figures of autoencoder\n" in other and "adherence-25-frames\n" not in other
+    assert "figures of autoencoder\n" not in fill(filled, {}, ["vae"])
