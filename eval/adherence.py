@@ -13,7 +13,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,11 +77,12 @@ def adherence(judge: Judge, videos: Sequence[Tensor], specs: Sequence[Spec]) -> 
 
 def checked(videos: Sequence[Tensor], specs: Sequence[Spec]) -> dict[str, Score]:
     """Row -> score of the checks without a network."""
-    totals = dict.fromkeys(CHECKS, Score())
-    for video, spec in zip(videos, specs, strict=True):
-        for row, found in check(video, spec).items():
-            totals[row] += found
-    return totals
+    found = [check(video, spec) for video, spec in zip(videos, specs, strict=True)]
+    return {row: _sum(each[row] for each in found) for row in CHECKS}
+
+
+def _sum(scores: Iterable[Score]) -> Score:
+    return sum(scores, Score())
 
 
 def draw_specs(count: int) -> list[Spec]:
@@ -160,14 +161,15 @@ def evaluate(
     """
     inputs = _call(pipe, arguments)
     shape = (inputs["height"], inputs["width"], inputs["num_frames"])
-    pairs = list(renders(arguments.renders, *shape, pipe.device))
-    known = {group: _on_renders(judge, group, pairs) for group in GROUPS}
+    made = renders(arguments.renders, *shape, pipe.device)
+    scores = [(spec, check(video, spec)) for video, spec in made]
+    known = {group: _on_renders(judge, group, scores) for group in GROUPS}
     facts = {
         "prompts": arguments.prompts,
         "seeds": arguments.seeds,
         "model": arguments.model or "mini",
         "call": inputs,
-        "renders": {"judge": judge.held_out.get("clips", 0), "checks": len(pairs)},
+        "renders": {"judge": judge.held_out.get("clips", 0), "checks": len(scores)},
         **machine(torch.device(pipe.device)),
     }
     totals = {group: dict.fromkeys((*ROWS, *CHECKS), Score()) for group in GROUPS}
@@ -196,14 +198,13 @@ def _call(pipe, arguments: argparse.Namespace) -> dict:
     return inputs | {name: value for name, value in changed.items() if value is not None}
 
 
-def _on_renders(judge: Judge, group: str, pairs: list) -> dict[str, float | None]:
+def _on_renders(judge: Judge, group: str, scores: list) -> dict[str, float | None]:
     """Row -> accuracy on renders of the clips of a group: the judge's held-out ones, and for the
-    checks the `pairs` of a render and its spec."""
+    checks the `scores` of renders, each with its spec."""
     found = {row: judge.accuracy(row, _HELD_OUT[group]) for row in ROWS}
-    chosen = [pair for pair in pairs if GROUPS[group](pair[1])]
+    chosen = [each for spec, each in scores if GROUPS[group](spec)]
     if chosen:
-        scores = checked(*zip(*chosen, strict=True))
-        found |= {row: each.accuracy for row, each in scores.items()}
+        found |= {row: _sum(each[row] for each in chosen).accuracy for row in CHECKS}
     return found
 
 
