@@ -9,6 +9,7 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image, ImageDraw
 
+from vdit_sparse.pipelines.load import default_dtype
 from vdit_sparse.pipelines.mini.training.clips import ClipShape
 from vdit_sparse.pipelines.mini.training.latents import CAPTION_TOKENS
 from vdit_sparse.pipelines.mini.training.pacing import report
@@ -44,10 +45,10 @@ class Sampling:
 
 
 def load(folder: Path, device: str) -> WanPipeline:
-    """Loads an exported pipeline as a user would: bf16, without a network."""
-    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True).to(
-        device
-    )
+    """Loads an exported pipeline as `load_pipeline` does: in bf16 or, on a CPU that does not multiply
+    it, in fp32; without a network."""
+    dtype = default_dtype(torch.device(device))
+    pipeline = WanPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -84,13 +85,17 @@ def clip_seconds(
     return seconds
 
 
-def seconds_table(seconds: list[float], shape: ClipShape, sampling: Sampling) -> str:
+def seconds_table(
+    seconds: list[float], shape: ClipShape, sampling: Sampling, dtype: torch.dtype
+) -> str:
     """Markdown: the least, the median and the most of `clip_seconds`."""
     ordered = sorted(seconds)
     figures = (ordered[0], ordered[len(ordered) // 2], ordered[-1])
     size = f"{shape.frames} x {shape.height} x {shape.width}"
-    lines = ["| clip | steps | guidance | seconds, least | median | most |", "|---" * 6 + "|"]
-    cells = (size, str(sampling.steps), f"{sampling.guidance:g}", *(f"{x:.1f}" for x in figures))
+    head = "| clip | dtype | steps | guidance | seconds, least | median | most |"
+    lines = [head, "|---" * 7 + "|"]
+    kind, guidance = str(dtype).removeprefix("torch."), f"{sampling.guidance:g}"
+    cells = (size, kind, str(sampling.steps), guidance, *(f"{x:.1f}" for x in figures))
     return "\n".join([*lines, f"| {' | '.join(cells)} |"])
 
 

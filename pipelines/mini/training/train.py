@@ -219,7 +219,7 @@ def _run_time(options: argparse.Namespace) -> None:
     found = clip_seconds(pipeline, _shape(options), sampling, options.repeats)
     content = {"seconds": found, "call": {**asdict(_shape(options)), **asdict(sampling)}}
     path = options.output or options.folder / "time.json"
-    markdown = seconds_table(found, _shape(options), sampling)
+    markdown = seconds_table(found, _shape(options), sampling, pipeline.dtype)
     write_report(path, markdown, content, options.device, options.command)
     report(markdown)
 

@@ -167,15 +167,18 @@ def test_rendered_long_clips_pass_through_the_frames_of_short_ones():
     torch.testing.assert_close(pictures[1][:, :, ::2], pictures[0], atol=2e-2, rtol=0)
 
 
-def test_the_command_lines_of_the_recipe_are_understood():
+@pytest.mark.parametrize("recipe, expected", [(2, [335, 365, 500, 400]), (3, [485])])
+def test_the_command_lines_of_the_recipes_are_understood(recipe, expected):
     text = (Path(train.__file__).parent / "README.md").read_text()
-    lines = text.split("## Recipe 2")[1].split("```")[1].replace("\\\n", " ")
+    section = text.split("**Between the calls")[0].split("## Recipe ")[recipe]
+    lines = "".join(section.split("```")[1::2])
     seconds = []
-    for line in filter(None, lines.splitlines()):
-        groups = groupby(shlex.split(line)[1:], key=lambda word: word == train.JOINT)
+    for line in filter(None, lines.replace("\\\n", " ").splitlines()):
+        words = shlex.split(line.split("train ", 1)[1])
+        groups = groupby(words, key=lambda word: word == train.JOINT)
         parts = [list(part) for joint, part in groups if not joint]
         options = [train.build_parser().parse_args(part) for part in parts]
-        (denoiser,) = (one for one in options if one.stage == "denoiser")
-        stages = parse_stages(SHAPE, replace(SETTINGS, stages=denoiser.stages))
-        seconds.append(sum(stage.seconds for _, stage in stages))
-    assert seconds == [335, 365]
+        for denoiser in (one for one in options if one.stage == "denoiser"):
+            stages = parse_stages(SHAPE, replace(SETTINGS, stages=denoiser.stages))
+            seconds.append(sum(stage.seconds for _, stage in stages))
+    assert seconds == expected
