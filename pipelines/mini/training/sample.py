@@ -45,8 +45,8 @@ class Sampling:
 
 
 def load(folder: Path, device: str) -> WanPipeline:
-    """Loads an exported pipeline without a network, in bf16 or, as `load_pipeline` does on a CPU that
-    does not multiply it, in fp32."""
+    """Loads an exported pipeline without a network, in bf16, or in fp32 on a CPU that does not
+    multiply bf16, as `load_pipeline` does."""
     dtype = default_dtype(torch.device(device))
     pipeline = WanPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)
     pipeline.set_progress_bar_config(disable=True)
