@@ -1,6 +1,7 @@
 """A schedule for one model and size, found on a few prompts: `vdit-sparse tune`."""
 
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,7 @@ from vdit_sparse.app.loading import opened
 from vdit_sparse.app.options import InputError, parse_choice, with_settings
 from vdit_sparse.app.request import Request, parse_request
 from vdit_sparse.app.terminal import Progress
-from vdit_sparse.eval.tune import Target, Tuned
-from vdit_sparse.eval.tune import tune as search_for
+from vdit_sparse.eval.tune import Target, Tuned, tune_each
 from vdit_sparse.eval.tune_allocate import OutOfReach
 from vdit_sparse.eval.tune_effect import EFFECTS
 from vdit_sparse.eval.tune_record import TuneSearch
@@ -29,18 +29,17 @@ MOST_ROUNDS = 10_000
 class TuneRequest:
     """What the caller wants.
 
-    target, search, effects, rounds, batch: as in `eval.tune.tune`; out: the file to write; model:
-    which model is loaded, how, and the settings of its call.
+    targets: file to write -> target; search, effects, rounds, batch: as in `eval.tune.tune_each`;
+    model: which model is loaded, how, and the settings of its call.
     """
 
-    target: Target
+    targets: dict[Path, Target]
     search: TuneSearch
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     effects: str | None
     rounds: int
     batch: int
-    out: Path
     model: Request
     overwrite: bool = False
 
@@ -57,70 +56,81 @@ def parse_tune(words: Mapping) -> TuneRequest:
             "--prompts is needed with --model: a text file with a few prompts, one a line, like "
             "those that the schedule is meant for."
         )
-    try:
-        target = Target(
-            density=words["density"], psnr=words["target_psnr"], speedup=words["speedup"]
-        )
-    except ValueError as error:
-        raise InputError(f"Give one of --density, --target-psnr and --speedup: {error}") from error
+    out = Path(words["out"])
+    targets = _targets(words, out)
     if words["effects"] is not None:
         parse_choice("--effects", words["effects"], EFFECTS)
     for option, least, most in (("rounds", 0, MOST_ROUNDS), ("batch", 1, MOST_ROUNDS)):
         if words[option] is not None and not least <= words[option] <= most:
             raise InputError(f"--{option} must be from {least} to {most}, got {words[option]}.")
     prompts, seeds = read_prompts(Path(file)), parse_seeds(words["seeds"])
-    out = Path(words["out"])
     folder = {"out": out.parent, "overwrite": True}
     model = {**words, **NOT_ASKED, **folder, "prompt": prompts[0], "seed": max(seeds)}
     return TuneRequest(
-        target=target,
+        targets=targets,
         search=with_settings("tune", TuneSearch, words["set_"] or ()),
         prompts=prompts,
         seeds=seeds,
         effects=words["effects"],
         rounds=words["rounds"],
         batch=words["batch"] or (BUNDLED_BATCH if bundled else BATCH),
-        out=out,
         model=parse_request(model),
         overwrite=words["overwrite"],
     )
 
 
+def _targets(words: Mapping, out: Path) -> dict[Path, Target]:
+    """File -> target; several densities are in the names of their files."""
+    others = {"psnr": words["target_psnr"], "speedup": words["speedup"]}
+    densities = words["density"] or [None]
+    if len(densities) == 1:
+        files = {out: densities[0]}
+    else:
+        files = {out.with_name(f"{out.stem}-{each:g}{out.suffix}"): each for each in densities}
+    if len(files) != len(densities):
+        raise InputError(f"--density has the same number twice: {', '.join(map(str, densities))}.")
+    try:
+        return {file: Target(density=each, **others) for file, each in files.items()}
+    except ValueError as error:
+        raise InputError(f"Give one of --density, --target-psnr and --speedup: {error}") from error
+
+
 def tune(request: TuneRequest, progress: Progress) -> list[str]:
-    """Makes the file, and returns lines that say what it is.
+    """Makes the files, and returns lines that say what they are.
 
     Raises InputError for what the caller can put right, and RunFailed for a run that went wrong.
     """
-    check_file(request.out, request.overwrite)
+    for file in request.targets:
+        check_file(file, request.overwrite)
     pipe, settings = opened(request.model, progress)
-    same = {
-        name: getattr(request, name) for name in ("out", "search", "effects", "rounds", "batch")
-    }
+    same = {name: getattr(request, name) for name in ("search", "effects", "rounds", "batch")}
+    prompts = request.prompts, request.seeds
+    began = time.time()
     try:
-        found = search_for(
-            pipe,
-            request.prompts,
-            request.seeds,
-            request.target,
-            tell=progress,
-            **same,
-            **settings,
-        )
+        every = tune_each(pipe, *prompts, request.targets, tell=progress, **same, **settings)
     except OutOfReach as error:
-        raise InputError(f"{error} {request.out} was not written.") from error
+        raise InputError(f"{error} {_left(request, began)}") from error
     except Exception as error:
-        raise RunFailed(
-            f"{type(error).__name__}: {error} ({request.out} was not written)"
-        ) from error
-    return _lines(request, found)
+        raise RunFailed(f"{type(error).__name__}: {error} ({_left(request, began)})") from error
+    return [line for found in every for line in _lines(request, found)]
+
+
+def _left(request: TuneRequest, began: float) -> str:
+    """Which files were not written since then."""
+    missing = [
+        str(file) for file in request.targets if not file.exists() or file.stat().st_mtime < began
+    ]
+    return f"{', '.join(missing)} {'was' if len(missing) == 1 else 'were'} not written."
 
 
 def _lines(request: TuneRequest, found: Tuned) -> list[str]:
     made, asked = found.calibration, request.model
+    file = Path(made.path)
+    target = request.targets[file]
     grid = made.grid
     text = f" and {grid.text} of text" if grid.text else ""
     options = {
-        "--calibration": str(request.out),
+        "--calibration": str(file),
         "--model": asked.model,
         "--size": asked.size and "x".join(map(str, asked.size)),
         "--num-frames": asked.num_frames,
@@ -128,7 +138,7 @@ def _lines(request: TuneRequest, found: Tuned) -> list[str]:
     }
     given = [word for pair in options.items() if pair[1] is not None for word in map(str, pair)]
     lines = [
-        f"{request.out}: {request.out.stat().st_size / 1e3:,.1f} kB",
+        f"{file}: {file.stat().st_size / 1e3:,.1f} kB",
         f"made for: {grid.frames} x {grid.height} x {grid.width} tokens{text}, {made.layers} "
         f"layers, {made.steps} steps",
         f"made from: prompts {len(made.prompts)}, seeds {len(made.seeds)}",
@@ -136,9 +146,9 @@ def _lines(request: TuneRequest, found: Tuned) -> list[str]:
         f"error of the latents on these prompts: {found.error:.2f} dB; with all weights 1 "
         f"{found.unweighted:.2f} dB",
     ]
-    if request.target.psnr is not None:
+    if target.psnr is not None:
         lines.append(f"PSNR on these prompts: {found.reached:.2f} dB")
-    if request.target.speedup is not None:
+    if target.speedup is not None:
         lines.append(f"denoising: {found.reached:.2f} times as fast as dense")
     use = shlex.join(["vdit-sparse", "generate", *given])
     return [*lines, f'use it with: {use} --prompt "..." --out DIR']

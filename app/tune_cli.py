@@ -30,7 +30,10 @@ from vdit_sparse.app.terminal import bars, errors
 TARGET = "Target"
 
 
-Density = Annotated[float | None, option(TARGET, "Mean over all self-attention of a run.")]
+Density = Annotated[
+    list[float] | None,
+    option(TARGET, "Mean over all self-attention of a run; repeatable, for a file each."),
+]
 TargetPSNR = Annotated[float | None, option(TARGET, "In dB against dense attention.")]
 Speedup = Annotated[float | None, option(TARGET, "Of the denoising, over the best dense.")]
 Prompts = Annotated[

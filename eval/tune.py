@@ -11,7 +11,7 @@
 
 import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -56,20 +56,33 @@ def tune(
     target: Target,
     *,
     out: str | Path,
+    **options,
+) -> Tuned:
+    """`tune_each` for one target and one file."""
+    return tune_each(pipe, prompts, seeds, {out: target}, **options)[0]
+
+
+def tune_each(
+    pipe,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    targets: Mapping[str | Path, Target],
+    *,
     search: TuneSearch | None = None,
     effects: str | None = None,
     rounds: int = 32,
     batch: int = 1,
     tell: Tell = lambda *_: None,
     **settings,
-) -> Tuned:
-    """Finds a schedule on every prompt with every seed, and writes it as a calibration of
-    `TunedAttention`.
+) -> list[Tuned]:
+    """Finds a schedule for each target on every prompt with every seed, and writes it as a
+    calibration of `TunedAttention` as soon as it is found; heads and effects are measured once.
 
-    effects: "head", "layer" or "none", see `weights`; None is "head" up to 100 heads, else "layer".
-    batch: samples that run at once, but for the measurements. settings: the other arguments of the
-    pipeline's call. Stock attention is left behind, and for a speed-up the fastest dense backend.
-    Raises OutOfReach, a ValueError, for such a target, and what `calibrate` raises.
+    targets: file -> target. effects: "head", "layer" or "none", see `weights`; None is "head" up to
+    100 heads, else "layer". rounds: for each target. batch: samples that run at once, but for the
+    measurements. settings: the other arguments of the pipeline's call. Stock attention is left
+    behind, and for a speed-up the fastest dense backend. Raises OutOfReach, a ValueError, for such
+    a target, and what `calibrate` raises.
     """
     from vdit_sparse.pipelines.attach import remove
 
@@ -77,16 +90,26 @@ def tune(
     each = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     samples = Samples(pipe, *each, settings, batch)
     search = search or TuneSearch()
-    _check_density(target, search, settings["num_inference_steps"])
+    for target in targets.values():
+        _check_density(target, search, settings["num_inference_steps"])
+    asked = {"effects": effects, "rounds": rounds}
     try:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "measured.safetensors"
             measured = _measure(pipe, search, prompts, seeds, file, settings, tell)
             problem = Problem(samples, measured, samples.latents(None))
-            found = _solve(problem, target, effects, rounds, tell)
+            goals = {out: _goal(problem, target) for out, target in targets.items()}
+            weight = _weigh(problem, effects, tell)
+            return [
+                _saved(
+                    _solve(problem, target, goals[out], weight, rounds, tell),
+                    out,
+                    {"target": asdict(target), **asked},
+                )
+                for out, target in targets.items()
+            ]
     finally:
         remove(pipe)
-    return _saved(found, out, {"target": asdict(target), "effects": effects, "rounds": rounds})
 
 
 def _check_density(target: Target, search: TuneSearch, steps: int) -> None:
@@ -118,22 +141,33 @@ def _measure(pipe, search, prompts, seeds, file: Path, settings: dict, tell: Tel
     return calibrate(pipe, search, prompts, seeds, out=file, on_step=on_step, **settings)
 
 
-def _solve(problem: Problem, target: Target, effects, rounds: int, tell: Tell) -> Tuned:
-    steps, layers, heads = problem.shape
+def _goal(problem: Problem, target: Target) -> Goal | None:
+    """What is to be reached, None for a density. What is never reached is said here, before the
+    weights are measured."""
+    if target.density is not None:
+        return None
+    goal = Goal(problem, target)
+    goal.best(Weight.ones(*problem.shape))
+    return goal
+
+
+def _weigh(problem: Problem, effects: str | None, tell: Tell) -> Weight:
+    """What errors of steps and heads do, measured."""
+    _steps, layers, heads = problem.shape
     by = effects or ("head" if layers * heads <= MOST_HEADS else "layer")
     check_choice("effects", by, EFFECTS)
-    ones = Weight.ones(steps, layers, heads)
-    goal = None if target.density is not None else Goal(problem, target)
-    if goal is not None:
-        # What is never reached is said before the weights are measured.
-        goal.best(ones)
 
     def on_run(done: int, total: int) -> None:
         tell("effects", done, total)
 
-    weight = Weight(*weights(problem.samples, problem.dense, problem.shape, by, on_run))
+    return Weight(*weights(problem.samples, problem.dense, problem.shape, by, on_run))
+
+
+def _solve(
+    problem: Problem, target: Target, goal: Goal | None, weight: Weight, rounds: int, tell: Tell
+) -> Tuned:
     density = target.density or max(MIDDLE, problem.floor + 0.1 * (1 - problem.floor))
-    unweighted = problem.error(ones, density)
+    unweighted = problem.error(Weight.ones(*problem.shape), density)
     weight = _refine(problem, weight, density, rounds, tell)
     reached = None
     if goal is not None:

@@ -87,8 +87,21 @@ def test_another_model_needs_prompts(cli, words, tiny_model):
 def test_a_density_out_of_reach_leaves_no_file(cli, words, tmp_path):
     result = cli(*words, "--density", 0.1)
     assert result.exit_code == 2
-    assert lines_of(result)[-1].startswith("A run of 3 steps has a density of at least 0.333")
+    said = " ".join(result.stderr.split())
+    assert "A run of 3 steps has a density of at least 0.333" in said
+    assert re.search(r"x-0\.6\.safetensors, \S+x-0\.1\.safetensors were not written\.", said)
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_several_densities_are_files_of_one_search(cli, words, tmp_path):
+    result = cli(*words, "--density", 0.8)
+    assert result.exit_code == 0, result.output
+    made = [load(tmp_path / "new" / f"x-{density}.safetensors") for density in (0.6, 0.8)]
+    assert [each.fields["target"]["density"] for each in made] == [0.6, 0.8]
+    said = [float(text) for text in re.findall(r"density: (0\.\d{3}), ", result.stdout)]
+    assert 0.5 < said[0] <= 0.6 < said[1] <= 0.8 and result.stdout.count("use it with") == 2
+    again = cli(*words, "--density", 0.6)
+    assert again.exit_code == 2 and "--density has the same number twice" in lines_of(again)[-1]
 
 
 def test_a_psnr_is_reached(cli, words, tmp_path, monkeypatch):
