@@ -55,9 +55,8 @@ WIDE = (*PAIRED, ("lone", False), ("stages", 3))
 THIN = (*PAIRED, ("stages", 6))
 NARROW = (("keys", 64), ("stages", 3), ("lone", False))
 LONE = (("stages", 2), ("lone", True))
-AHEAD = (("ahead", True),)
 ENDS = ("whole", "kv_len", "valid")
-STUDIED = ("persistent", "pingpong", "ahead", "longest_first")
+STUDIED = ("persistent", "pingpong", "longest_first")
 
 
 def builds(quick: bool) -> list[Build]:
@@ -68,7 +67,6 @@ def builds(quick: bool) -> list[Build]:
             Build(blocks=(64, 128)),
             Build(D=64, precision="int8_fp8"),
             Build(blocks=(64, 128), changes=WIDE),
-            Build(precision="int8_fp8", changes=AHEAD),
         ]
     every = [(128, 128), (128, 64), (64, 128), (64, 64)]
     found = [Build(D, blocks) for D in (64, 128) for blocks in every]
@@ -87,11 +85,7 @@ def builds(quick: bool) -> list[Build]:
     found += [Build(D=64, blocks=(64, 128), changes=LONE), Build(blocks=(64, 128), changes=NARROW)]
     found += [Build(D, (64, 128), changes=WIDE, ends=e) for D in (64, 128) for e in ENDS[:2]]
     found += [Build(D, (64, 64), changes=THIN) for D in (64, 128)]
-    found += [Build(precision=each, changes=AHEAD) for each in ("int8_bf16", "int8_fp8")]
-    found += [
-        Build(D, blocks, changes=AHEAD) for D in (64, 128) for blocks in ((64, 128), (64, 64))
-    ]
-    for names in (("emulate",), ("emulate", "persistent"), ("ahead", "persistent")):
+    for names in (("emulate",), ("emulate", "persistent")):
         found += [Build(precision="int8_fp8", changes=tuple((name, True) for name in names))]
     return found + [Build(changes=(("keys", 64), ("stages", 4)))]
 
@@ -108,7 +102,6 @@ def compile_build(build: Build) -> dict:
         object_.write_bytes(compiled.asm["cubin"])
         said = _run("ptxas", "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/again")
         usage = _run("cuobjdump", "--dump-resource-usage", str(object_))
-        sass = _run("cuobjdump", "-sass", str(object_))
     _, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups()
     return {
         "build": f"{build.D} {build.blocks} {build.precision} {build.ends} {build.dtype}"
@@ -122,15 +115,7 @@ def compile_build(build: Build) -> dict:
         "loads": ptx.count("cp.async.bulk.tensor"),
         "shuffles": ptx.count("shfl.sync.bfly"),
         "consumers": variant.consumers,
-        "beside_values": beside_values(sass),
     }
-
-
-def beside_values(sass: str) -> list[int]:
-    """Exponentials between the wait for scores and that for values, in each place that has both:
-    what a consumer computes while its own products run."""
-    waits = re.findall(r"DEPBAR\.LE gsb0, 0x1.*?DEPBAR\.LE gsb0, 0x0", sass, re.DOTALL)
-    return [wait.count("MUFU.EX2") for wait in waits]
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -193,8 +178,7 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['build']:42} {row['spilled_bytes']:3} spilled {row['shared_bytes'] / 1024:4.0f} "
-            f"KiB {row['shuffles']:3} shuffles {row['serialised']} {row['beside_values']} "
-            f"{row['changes']}"
+            f"KiB {row['shuffles']:3} shuffles {row['serialised']} {row['changes']}"
         )
 
 

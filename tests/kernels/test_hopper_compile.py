@@ -33,11 +33,6 @@ def check(row: dict) -> None:
     names = " ".join(row["wgmma"])
     assert ("s32.s8.s8" in names) == ("int8" in row["build"]), row
     assert ("e4m3.e4m3" in names) == ("fp8" in row["build"]), row
-    if "ahead" in row["changes"]:
-        # All of a thread's, half as many in steps of 64 keys.
-        assert len(row["beside_values"]) == row["consumers"] and min(row["beside_values"]) >= 32, (
-            row
-        )
     # Maxima and sums of rows, twice; the weights change hands nowhere.
     if not row["changes"] and "skips" not in row["build"]:
         assert row["shuffles"] == 16 * row["consumers"], row
@@ -45,7 +40,7 @@ def check(row: dict) -> None:
 
 def test_main_forms_compile():
     rows = compiled("--quick")
-    assert len(rows) == 5
+    assert len(rows) == 4
     for row in rows:
         check(row)
 

@@ -37,8 +37,6 @@ FORMS = {
     "persistent": replace(WIDE, persistent=True),
     "ping-pong": replace(WIDE, pingpong=True),
     "persistent ping-pong": replace(WIDE, persistent=True, pingpong=True, stages=3),
-    "ahead": replace(WIDE, ahead=True),
-    "ahead, persistent ping-pong": replace(WIDE, ahead=True, persistent=True, pingpong=True),
     "emulated": replace(WIDE, emulate=True),
     "longest first": replace(WIDE, longest_first=True, persistent=True),
     "steps of 64": replace(WIDE, keys=64, stages=4),
@@ -47,7 +45,6 @@ FORMS = {
     "one stage": replace(THIN, keys=128, stages=1),
     "lone": replace(THIN, keys=128, stages=2, lone=True),
     "lone, persistent": replace(THIN, keys=128, stages=2, lone=True, persistent=True),
-    "lone, ahead": replace(THIN, keys=128, stages=2, lone=True, ahead=True),
 }
 
 
@@ -78,11 +75,10 @@ def test_every_form_keeps_its_protocol(form, seed, monkeypatch):
     assert_attention(result, q, k, v, mask)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("precision", ["int8_bf16", "int8_fp8"])
 @pytest.mark.parametrize("name", ["padded", "blocks of 64, D of 128", "masked slots"])
 @pytest.mark.parametrize("strength", [1, 30])
-def test_8_bits_are_the_reference(strength, name, precision, ahead, monkeypatch):
+def test_8_bits_are_the_reference(strength, name, precision, monkeypatch):
     """Also where scores, and with them what takes off their offset, are large."""
     attend_here(monkeypatch)
     case = replace(CASES[name], dtype=torch.bfloat16)
@@ -90,7 +86,7 @@ def test_8_bits_are_the_reference(strength, name, precision, ahead, monkeypatch)
     q, k = strength * q, strength * k
     q[0] = 0  # its blocks have the smallest scales that there are
     blocks, scale = (mask.block_q, mask.block_k), case.D**-0.5
-    form = replace(variant_for(case.D, blocks, precision, case.valid), ahead=ahead)
+    form = variant_for(case.D, blocks, precision, case.valid)
     out, lse = launch(q, k, v, mask, scale, kv_len, precision, form)
     expected, expected_lse = reference_forward(q, k, v, mask, scale, kv_len, precision)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
@@ -138,12 +134,6 @@ def test_pairs_match_float64(name, poisoned, monkeypatch):
     form = Variant(2, mask.block_k, 3, paired=True)
     result = launch(q, k, v, mask, 128**-0.5, kv_len, "bf16", form)
     assert_attention(result, q, k, v, mask, kv_len)
-
-
-def test_a_form_that_would_wait_for_ever_is_refused():
-    """The producer loads a step's values before the next keys, and their only place is not free."""
-    with pytest.raises(ValueError, match="ahead needs stages of at least 2"):
-        Variant(1, 128, 1, ahead=True)
 
 
 def test_emulated_exponentials_are_exponentials():

@@ -97,7 +97,7 @@ def _consume(
     sizes, scale, skip_log2, tiles,
     W: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
-    PINGPONG: gl.constexpr, EMULATE: gl.constexpr, AHEAD: gl.constexpr,
+    PINGPONG: gl.constexpr, EMULATE: gl.constexpr,
 ):  # fmt: skip
     """Attention of the 64 queries `W * 64 ...` of each tile."""
     VALID: gl.constexpr = valid_ptr is not None
@@ -153,7 +153,7 @@ def _consume(
         for i in range(1, 1 if SKIP else steps):
             state, real = step(
                 i, state, real, q, row, valid_ptr, k_scale_ptr, buffers, barriers, W, D, BLOCK_K,
-                BN, STAGES, S_L, O_L, P_L, number, PINGPONG, EMULATE and not VALID, AHEAD,
+                BN, STAGES, S_L, O_L, P_L, number, PINGPONG, EMULATE and not VALID,
             )  # fmt: skip
         acc, p, peak, total, alpha, slot, phase, turn = state
         if PERSISTENT and not SKIP:
@@ -206,7 +206,7 @@ def hopper_forward(
     idx_b, idx_h, idx_q, cnt_b, cnt_h, cnt_q, H, S, keys, nk, tiles, scale, skip_log2,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
-    PERSISTENT: gl.constexpr, PINGPONG: gl.constexpr, EMULATE: gl.constexpr, AHEAD: gl.constexpr,
+    PERSISTENT: gl.constexpr, PINGPONG: gl.constexpr, EMULATE: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `block_sparse_attention`. Descriptors are 4-D. q_scale_ptr, k_scale_ptr, shift_ptr: of
@@ -260,12 +260,12 @@ def hopper_forward(
                 (_consume, (
                     descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, EMULATE, AHEAD,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, EMULATE,
                 )),
                 (_consume, (
                     descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 1, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, EMULATE, AHEAD,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, EMULATE,
                 )),
                 (_produce, (
                     descriptors, buffers, barriers, lists, strides, sizes, tiles, D, BLOCK_Q,
@@ -281,7 +281,7 @@ def hopper_forward(
                 (_consume, (
                     descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, False, EMULATE, AHEAD,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, False, EMULATE,
                 )),
                 (_produce, (
                     descriptors, buffers, barriers, lists, strides, sizes, tiles, D, BLOCK_Q,

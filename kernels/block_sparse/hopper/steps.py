@@ -56,7 +56,7 @@ def step(
     i, state, real_last, q, row, valid_ptr, k_scale_ptr, buffers, barriers,
     W: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr, P_L: gl.constexpr,
-    number: gl.constexpr, PINGPONG: gl.constexpr, EMULATE: gl.constexpr, AHEAD: gl.constexpr,
+    number: gl.constexpr, PINGPONG: gl.constexpr, EMULATE: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of step `i`, values of the one before, of whose keys `real_last` are real;
     the new state, and how many keys of this step are real."""
@@ -102,11 +102,6 @@ def step(
     alpha_new = gl.exp2(peak - shift)
     total = total * alpha_new + sums
     alpha_new = gl.convert_layout(alpha_new, gl.SliceLayout(1, O_L))
-    if AHEAD:
-        # ptxas moves the wait below up to the last barrier: without this, before the exponentials.
-        next_slot, next_phase = advance(slot, phase, STAGES)
-        k_slot, k_phase = key_place(next_slot, next_phase, k_smem.shape[0] != v_smem.shape[0])
-        mbarrier.wait(k_ready.index(k_slot), k_phase, pred=i + 1 < steps)
     product = warpgroup_mma_wait(0, [values_started])
     mbarrier.arrive(v_empty.index(last))
     acc = acc * alpha[:, None] + product if FP8 else product * alpha_new[:, None]

@@ -16,8 +16,8 @@ class Variant:
     query blocks of 64, of which two share the keys that both list (`pairs.py`, bf16 alone).
     persistent: as many programs as fit the GPU, each of which takes tile after tile and loads the
     next tile's queries early; pingpong: consumers start their products in turns; emulate: every
-    fourth exponential on the FMA units; ahead: the next keys are waited for before the values'
-    product is; longest_first: tiles by falling length of their lists.
+    fourth exponential on the FMA units; longest_first: tiles of a head by falling length of their
+    lists.
     producer_registers: of a thread of the producer's warp; registers: of a thread when the program
     starts, before the warps trade them, or None.
     """
@@ -30,7 +30,6 @@ class Variant:
     persistent: bool = False
     pingpong: bool = False
     emulate: bool = False
-    ahead: bool = False
     longest_first: bool = False
     producer_registers: int = 24
     registers: int | None = None
@@ -38,8 +37,6 @@ class Variant:
     def __post_init__(self):
         if self.lone and self.stages != 2:
             raise ValueError(f"lone needs stages=2, got {self}.")
-        if self.ahead and self.stages == 1:
-            raise ValueError(f"ahead needs stages of at least 2, or it waits for ever; got {self}.")
         if self.paired and replace(self, paired=False) != Variant(2, self.keys, self.stages):
             raise ValueError(f"paired is for two consumers and no other field, got {self}.")
 
@@ -64,7 +61,6 @@ class Variant:
             "PERSISTENT": self.persistent,
             "PINGPONG": self.pingpong,
             "EMULATE": self.emulate,
-            "AHEAD": self.ahead,
             "REGISTERS": 240,
             "PRODUCER_REGISTERS": self.producer_registers,
         }
