@@ -56,11 +56,13 @@ THIN = (*PAIRED, ("stages", 6))
 NARROW = (("keys", 64), ("stages", 3), ("lone", False))
 LONE = (("stages", 2), ("lone", True))
 ENDS = ("whole", "kv_len", "valid")
-STUDIED = ("persistent", "pingpong", "longest_first")
+PLAIN = (("persistent", False), ("longest_first", False), ("pingpong", False))
+MANY = (("persistent", True), ("longest_first", True))
+TURNS = (("pingpong", True),)
 
 
 def builds(quick: bool) -> list[Build]:
-    """What production uses, and what the study tries; `quick` leaves three."""
+    """What production uses, and what the study tries; `quick` leaves four."""
     if quick:
         return [
             Build(ends="kv_len"),
@@ -81,7 +83,17 @@ def builds(quick: bool) -> list[Build]:
     found += [Build(D, blocks, skips=True) for D in (64, 128) for blocks in every]
     found += [Build(ends="valid", skips=True), Build(blocks=(64, 64), ends="kv_len", skips=True)]
     found += [Build(dtype="fp16"), Build(D=64, changes=(("emulate", True),))]
-    found += [Build(changes=((name, True),)) for name in STUDIED]
+    found += [Build(D, changes=PLAIN, ends=ends) for D in (64, 128) for ends in ENDS[:2]]
+    found += [Build(changes=TURNS), Build(blocks=(128, 64), changes=MANY)]
+    found += [
+        Build(precision=precision, changes=MANY, ends=ends)
+        for precision in ("int8_bf16", "int8_fp8")
+        for ends in ENDS
+    ]
+    found += [
+        Build(precision="int8_bf16", changes=(*MANY, *TURNS)),
+        Build(ends="valid", changes=MANY),
+    ]
     found += [Build(D=64, blocks=(64, 128), changes=LONE), Build(blocks=(64, 128), changes=NARROW)]
     found += [Build(D, (64, 128), changes=WIDE, ends=e) for D in (64, 128) for e in ENDS[:2]]
     found += [Build(D, (64, 64), changes=THIN) for D in (64, 128)]
@@ -137,6 +149,7 @@ def _source(build: Build) -> GluonASTSource:
         "kv_len_ptr": build.ends != "kv_len",
         "valid_ptr": build.ends != "valid",
         "order_ptr": not variant.longest_first,
+        "taken_ptr": not variant.persistent,
         "skips_ptr": not build.skips,
     }
     constants |= {name: None for name, is_absent in absent.items() if is_absent and name in names}

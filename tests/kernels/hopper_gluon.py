@@ -91,6 +91,13 @@ def store(at, x, mask=True):
     at.flat[place[mask]] = x[mask].to(at.flat.dtype)
 
 
+def add(at, x, sem="acq_rel"):
+    """The number before, as an atomic addition gives it."""
+    before = load(at)
+    store(at, before + x)
+    return before
+
+
 class Buffer:
     """A view of shared memory. owner: the first index of an allocation, of which `dirty` names
     the warp groups that have written it since their last fence."""
@@ -231,8 +238,7 @@ def _language(machine) -> SimpleNamespace:
         to_tensor=value, static_range=range, load=load, store=store, full=filled,
         zeros=lambda shape, dtype, layout: filled(shape, 0, dtype, layout),
         arange=lambda start, end, layout: value(torch.arange(start, end)),
-        atomic_add=lambda at, x: store(at, load(at) + x),
-        where=lambda c, a, b: value(torch.where(value(c), a, b)),
+        atomic_add=add, where=lambda c, a, b: value(torch.where(value(c), a, b)),
         maximum=pair(torch.maximum), minimum=pair(torch.minimum),
         max=torch.amax, min=torch.amin, sum=torch.sum, exp2=torch.exp2, log2=torch.log2,
         zeros_like=torch.zeros_like, float16=torch.float16,
@@ -241,6 +247,7 @@ def _language(machine) -> SimpleNamespace:
         convert_layout=lambda x, layout: x, thread_barrier=lambda: None,
         warp_specialize=machine.specialize, allocate_shared_memory=machine.allocate,
         NVMMADistributedLayout=layout, SliceLayout=layout, DotOperandLayout=layout,
-        BlockedLayout=layout, constexpr=None, int8=torch.int8, int32=torch.int32,
-        int64=torch.int64, float32=torch.float32, float8e4nv=torch.float8_e4m3fn,
+        BlockedLayout=layout, SwizzledSharedLayout=layout, constexpr=None, int8=torch.int8,
+        int32=torch.int32, int64=torch.int64, float32=torch.float32,
+        float8e4nv=torch.float8_e4m3fn,
     )  # fmt: skip

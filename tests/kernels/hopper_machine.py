@@ -2,14 +2,16 @@
 
 `attend_here` runs `hopper_forward` as it is written, with `gl`, `tma`, `mbarrier` and the products
 replaced: each warp group is a thread, of which one runs at a time, changing at random wherever they
-meet. Copies land, and products read shared memory, as late or as early as a GPU may do it: memory
-that a copy may be writing holds garbage, and reading what another has changed meanwhile raises.
-So this finds deadlocks, buffers that are overwritten, missing proxy fences, wrong byte counts and
-wrong numbers. It knows nothing of single warps, registers, layouts and speed.
+meet; a few programs run at once, faster and slower ones. Copies land, and products read shared
+memory, as late or as early as a GPU may do it: memory that a copy may be writing holds garbage, and
+reading what another has changed meanwhile raises. So this finds deadlocks, buffers that are
+overwritten, missing proxy fences, wrong byte counts and wrong numbers. It knows nothing of single
+warps, registers, layouts and speed.
 """
 
 import random
 import threading
+from collections import deque
 from types import SimpleNamespace
 
 import torch
@@ -18,6 +20,7 @@ from tests.kernels.hopper_gluon import Buffer, Descriptor, pointer, sources, val
 from vdit_sparse.kernels.block_sparse.hopper import kernel, launch, pairs
 
 GARBAGE = 77
+AT_ONCE = 3  # programs that run at a time
 
 
 def same(x, y) -> bool:
@@ -51,7 +54,9 @@ class Worker:
     def _run(self, function, arguments):
         self.turn.acquire()
         try:
-            function(*arguments)
+            # A worker may be stopped before its first turn.
+            if not self.machine.stopped:
+                function(*arguments)
         except BaseException as error:
             self.error = error
         self.over = True
@@ -61,7 +66,7 @@ class Worker:
         self.ready = ready
         self.machine.control.release()
         self.turn.acquire()
-        if self.machine.ended:
+        if self.machine.stopped:
             raise SystemExit
 
 
@@ -70,26 +75,27 @@ class Machine:
 
     def __init__(self, entry, program, programs, seed):
         self.random = random.Random(seed)
-        self.control, self.ended, self.current = threading.Semaphore(0), False, None
+        self.control, self.stopped, self.current = threading.Semaphore(0), False, None
         self.copies, self.buffers, self.place = [], [], (program, programs)
+        self.speed, self.workers, self.outputs = self.random.random() ** 4, [], 0
         self.names = sources(self, entry)
 
     def specialize(self, groups, warps, registers):
-        """Runs the warp groups until all are over."""
-        workers = [Worker(self, *group, self.random.random() ** 4) for group in groups]
-        try:
-            while not all(worker.over for worker in workers):
-                self._move([w for w in workers if not w.over and w.ready()])
-            while self.copies:
-                self._move([])
-        finally:
-            self.ended = True
-            for worker in workers:
-                worker.turn.release()
-                worker.thread.join()
+        """Starts the warp groups, which then wait for their turns."""
+        self.workers = [Worker(self, *group, self.random.random() ** 4) for group in groups]
 
-    def _move(self, workers):
-        things = [*workers, *self.copies]
+    def over(self):
+        return all(worker.over for worker in self.workers) and not self.copies
+
+    def stop(self):
+        self.stopped = True
+        for worker in self.workers:
+            worker.turn.release()
+            worker.thread.join()
+
+    def move(self):
+        """One copy lands, or one warp group has its turn."""
+        things = [w for w in self.workers if not w.over and w.ready()] + self.copies
         if not things:
             raise RuntimeError("deadlock: every warp group waits")
         chosen = self.random.choices(things, [thing.speed for thing in things])
@@ -105,7 +111,9 @@ class Machine:
     def allocate(self, dtype, shape, layout):
         if dtype == torch.int64:
             return SimpleNamespace(index=[Barrier() for _ in range(shape[0])].__getitem__)
-        kind = dtype.torch if dtype == torch.int8 else torch.float32
+        kind = torch.float32
+        if dtype in (torch.int8, torch.int32):
+            kind = getattr(dtype, "torch", dtype)
         owners = [SimpleNamespace(dirty=set(), machine=self) for _ in range(shape[0])]
         self.buffers += owners
         return Buffer(torch.full(shape, GARBAGE, dtype=kind), dtype, owners)
@@ -140,6 +148,7 @@ class Machine:
 
     def store_tile(self, descriptor, at, tile):
         before, stores = tile.read(), self.current.stores
+        self.outputs += 1
 
         def land():
             if not same(tile.x, before):
@@ -199,15 +208,33 @@ class Launcher:
                     given[name] = pointer(x)
                 elif isinstance(x, int) and name not in constants:
                     given[name] = value(x)
-            for program in range(grid[0]):
-                machine = Machine(entry, program, grid[0], self.seed + program)
-                machine.names[entry](**given)
+            self.machines = []
+            chance, waiting, running = random.Random(self.seed), deque(range(grid[0])), []
+            try:
+                while waiting or running:
+                    if waiting and len(running) < AT_ONCE:
+                        program = waiting.popleft()
+                        running.append(Machine(entry, program, grid[0], self.seed + program))
+                        self.machines.append(running[-1])
+                        running[-1].names[entry](**given)
+                        continue
+                    (machine,) = chance.choices(running, [one.speed for one in running])
+                    machine.move()
+                    if machine.over():
+                        machine.stop()
+                        running.remove(machine)
+            finally:
+                for machine in running:
+                    machine.stop()
 
         return run
 
 
 def attend_here(monkeypatch, seed=0, multiprocessors=2):
-    """From here on `launch` and `launch_skipping` compute in this process, on the CPU."""
-    monkeypatch.setattr(launch, "hopper_forward", Launcher(kernel.hopper_forward, seed))
+    """From here on `launch` and `launch_skipping` compute in this process, on the CPU; what runs
+    the kernel, with the `machines` of its last call."""
+    launcher = Launcher(kernel.hopper_forward, seed)
+    monkeypatch.setattr(launch, "hopper_forward", launcher)
     monkeypatch.setattr(launch, "paired_forward", Launcher(pairs.paired_forward, seed))
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    return launcher

@@ -251,7 +251,10 @@ def test_the_self_check_passes_what_is_right_and_only_that(blocks, precision):
 
 
 def test_a_failed_self_check_disables_it_with_the_reason(monkeypatch):
+    from vdit_sparse.kernels.block_sparse.hopper import launch as launching
     from vdit_sparse.kernels.block_sparse.hopper import self_check
+
+    monkeypatch.setattr(launching, "multiprocessors", lambda device: 2)
 
     def broken(*call):
         raise RuntimeError("no such instruction")
@@ -263,11 +266,24 @@ def test_a_failed_self_check_disables_it_with_the_reason(monkeypatch):
     assert reason == "its self-check failed: RuntimeError: no such instruction"
 
 
-def test_tiles_by_falling_length():
-    from vdit_sparse.kernels.block_sparse.hopper.launch import longest_first
+def test_tiles_by_falling_length(device):
+    from vdit_sparse.kernels.block_sparse.hopper.order import longest_first
 
-    cnt = torch.tensor([[[1, 4, 2], [3, 3, 9]]], dtype=torch.int32)
-    mask = BlockMask(torch.zeros(1, 2, 3, 9, dtype=torch.int32), cnt, 10)
-    order = longest_first(mask, (1, 2), variant_for(64, (128, 128)))
-    # Tile i of a head is its query block nq - 1 - i.
-    assert order.dtype == torch.int32 and order.tolist() == [1, 0, 2, 3, 4, 5]
+    cnt = torch.tensor([[[1, 4, 2], [3, 3, 9]]], dtype=torch.int32, device=device)
+    mask = BlockMask(cnt.new_zeros(1, 2, 3, 9), cnt, 10)
+    order, taken = longest_first(mask, (1, 2))
+    assert order.dtype == torch.int32 and order.tolist() == [1, 2, 0, 2, 1, 0]
+    assert taken.dtype == torch.int32 and taken.tolist() == [0]
+
+
+@pytest.mark.parametrize("shared", [(2, 3), (1, 3), (2, 1)])
+def test_order_of_many_tiles(shared, device):
+    """More query blocks than one program of that kernel places, with many of the same length, and
+    lists of which heads or batch rows share one."""
+    from vdit_sparse.kernels.block_sparse.hopper.order import longest_first
+
+    cnt = torch.randint(0, 9, (300, *shared), dtype=torch.int32, device=device).permute(1, 2, 0)
+    order, _ = longest_first(BlockMask(cnt.new_zeros(*shared, 300, 1), cnt, 20), (2, 3))
+    # Of equal ones the last comes first.
+    expected = (300 * cnt.long() + torch.arange(300, device=device)).argsort(descending=True)
+    assert torch.equal(order.view(2, 3, 300), expected.int().expand(2, 3, 300))

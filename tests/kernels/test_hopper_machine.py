@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.kernels import hopper_gluon
 from tests.kernels.cases import Case, make
 from tests.kernels.hopper_gluon import assembly
 from tests.kernels.hopper_machine import Machine, attend_here
 from tests.kernels.tolerance import assert_attention
 from vdit_sparse.kernels.block_mask import BlockMask
+from vdit_sparse.kernels.block_sparse.hopper import launch as launching
 from vdit_sparse.kernels.block_sparse.hopper import parts, self_check
 from vdit_sparse.kernels.block_sparse.hopper.launch import launch, launch_skipping
 from vdit_sparse.kernels.block_sparse.hopper.variants import Variant, variant_for
@@ -38,7 +40,8 @@ FORMS = {
     "ping-pong": replace(WIDE, pingpong=True),
     "persistent ping-pong": replace(WIDE, persistent=True, pingpong=True, stages=3),
     "emulated": replace(WIDE, emulate=True),
-    "longest first": replace(WIDE, longest_first=True, persistent=True),
+    "longest first": replace(WIDE, longest_first=True),
+    "persistent, longest first": replace(WIDE, longest_first=True, persistent=True),
     "steps of 64": replace(WIDE, keys=64, stages=4),
     "one consumer": THIN,
     "one consumer, persistent": replace(THIN, persistent=True),
@@ -46,6 +49,7 @@ FORMS = {
     "lone": replace(THIN, keys=128, stages=2, lone=True),
     "lone, persistent": replace(THIN, keys=128, stages=2, lone=True, persistent=True),
 }
+PERSISTENT = [name for name, form in FORMS.items() if form.persistent]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -68,11 +72,61 @@ def uneven(block_q: int):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_every_form_keeps_its_protocol(form, seed, monkeypatch):
+def test_every_form_keeps_its_protocol(form, seed, poisoned, monkeypatch):
     attend_here(monkeypatch, seed, multiprocessors=1)
     q, k, v, mask = uneven(form.rows)
     result = launch(q, k, v, mask, 0.125, None, "bf16", form)
     assert_attention(result, q, k, v, mask)
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 3, 9])
+@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize("form", [FORMS[name] for name in PERSISTENT], ids=PERSISTENT)
+def test_programs_share_the_tiles(form, seed, multiprocessors, poisoned, monkeypatch):
+    """Seven tiles; with nine multiprocessors there are fewer tiles than programs."""
+    attend_here(monkeypatch, seed, multiprocessors)
+    q, k, v, mask = uneven(form.rows)
+    result = launch(q, k, v, mask, 0.125, None, "bf16", form)
+    assert_attention(result, q, k, v, mask)
+
+
+def test_tiles_go_to_the_program_that_is_free(poisoned, monkeypatch):
+    speeds = property(lambda self: 0.05 if self.place[0] == 0 else 1.0, lambda self, x: None)
+    monkeypatch.setattr(Machine, "speed", speeds, raising=False)
+    launcher = attend_here(monkeypatch, multiprocessors=2)
+    case = Case(S=640, rows="all", dtype=torch.bfloat16)
+    q, k, v, mask, _ = make(case, torch.device("cpu"))
+    result = launch(q, k, v, mask, 0.125, None, "bf16", replace(WIDE, persistent=True))
+    assert_attention(result, q, k, v, mask)
+    slow, fast = (machine.outputs for machine in launcher.machines)
+    # Each of ten tiles has two halves.
+    assert slow + fast == 20 and fast >= 14
+
+
+@pytest.mark.parametrize("pingpong", [False, True])
+@pytest.mark.parametrize("multiprocessors", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16", "int8_bf16", "int8_fp8"])
+@pytest.mark.parametrize(
+    "name", ["padded", "padded full rows", "key blocks of 64", "masked and padded"]
+)
+def test_persistent_forms_take_any_lists(
+    name, precision, multiprocessors, pingpong, poisoned, monkeypatch
+):
+    """Empty rows, ends of keys, masked slots."""
+    attend_here(monkeypatch, 5, multiprocessors)
+    case = replace(CASES[name], dtype=torch.bfloat16, D=128)
+    q, k, v, mask, kv_len = make(case, torch.device("cpu"))
+    form = variant_for(128, (mask.block_q, mask.block_k), precision, case.valid)
+    form = replace(form, persistent=True, longest_first=True, pingpong=pingpong)
+    scale = 128**-0.5
+    out, lse = launch(q, k, v, mask, scale, kv_len, precision, form)
+    if precision == "bf16":
+        assert_attention((out, lse), q, k, v, mask, kv_len)
+        return
+    expected, expected_lse = reference_forward(q, k, v, mask, scale, kv_len, precision)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
+    difference = (out.float() - expected.float()).norm() / expected.float().norm()
+    assert difference < {"int8_bf16": 5e-3, "int8_fp8": 3e-2}[precision]
 
 
 @pytest.mark.parametrize("precision", ["int8_bf16", "int8_fp8"])
@@ -94,14 +148,16 @@ def test_8_bits_are_the_reference(strength, name, precision, monkeypatch):
     assert difference < {"int8_bf16": 5e-3, "int8_fp8": 3e-2}[precision]
 
 
+@pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("threshold", [1.0, 1e-30])
 @pytest.mark.parametrize("name", ["blocks of 64, D of 128", "padded", "masked slots"])
-def test_skipping(name, threshold, monkeypatch):
+def test_skipping(name, threshold, persistent, monkeypatch):
     attend_here(monkeypatch)
     case = replace(CASES[name], dtype=torch.bfloat16)
     q, k, v, mask, kv_len = make(case, torch.device("cpu"))
     k *= torch.linspace(0, 6, k.shape[2])[:, None]  # later keys weigh more
     form = variant_for(case.D, (mask.block_q, mask.block_k), "bf16", case.valid)
+    form = replace(form, persistent=persistent, longest_first=persistent)
     out, lse, skipped = launch_skipping(q, k, v, mask, case.D**-0.5, kv_len, threshold, form)
     assert not (skipped & ~mask.keep()).any()
     assert skipped.any() == (threshold == 1.0) or name == "padded"
@@ -157,6 +213,10 @@ def broken(name: str, change):
     return use
 
 
+def without_numbers(store):
+    return lambda self, x: None if self.dtype == torch.int32 else store(self, x)
+
+
 FAULTS = {
     "no fence": broken("fence", lambda old: lambda self: None),
     "too few bytes": broken(
@@ -169,6 +229,12 @@ FAULTS = {
     "no wait for products": broken(
         "product_wait", lambda old: lambda self, pending, wanted: old(self, 2, wanted)
     ),
+    "stale counter": lambda monkeypatch: monkeypatch.setattr(
+        launching, "tile_order", lambda *_: (None, torch.ones(1, dtype=torch.int32))
+    ),
+    "tile numbers are lost": lambda monkeypatch: monkeypatch.setattr(
+        hopper_gluon.Buffer, "store", without_numbers(hopper_gluon.Buffer.store)
+    ),
     "arrives twice": broken(
         "arrive", lambda old: lambda self, bar: (old(self, bar), old(self, bar))
     ),
@@ -176,7 +242,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_the_machine_finds_faults(fault, monkeypatch):
+def test_the_machine_finds_faults(fault, poisoned, monkeypatch):
     attend_here(monkeypatch, multiprocessors=1)
     fault(monkeypatch)
     q, k, v, mask = uneven(128)
@@ -195,6 +261,16 @@ def test_its_self_check_passes(precision, skipping, padded, valid, monkeypatch):
     monkeypatch.setattr(self_check, "wait_for", lambda device: None)
     kind = (torch.device("cpu"), torch.bfloat16, 64, (64, 128), precision, valid)
     assert self_check._check.__wrapped__(*kind, padded, skipping) is None
+
+
+def test_its_self_check_gives_a_program_several_tiles(monkeypatch):
+    launcher = attend_here(monkeypatch, multiprocessors=4)
+    monkeypatch.setattr(self_check, "wait_for", lambda device: None)
+    kind = (torch.device("cpu"), torch.bfloat16, 64, (128, 128), "bf16", False)
+    assert variant_for(64, (128, 128)).persistent
+    assert self_check._check.__wrapped__(*kind) is None
+    assert len(launcher.machines) == 4
+    assert sum(machine.outputs for machine in launcher.machines) == 2 * 12
 
 
 def test_its_self_check_fails_where_it_is_wrong(monkeypatch):

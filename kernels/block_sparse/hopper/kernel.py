@@ -4,7 +4,9 @@ FlashAttention-3's structure (arXiv 2407.08608): the producer fills rings of K a
 each consumer has the products of the next scores and of the last weights in flight while it takes
 exponentials, and its weights stay in registers. Every row's list is walked from its end, so that
 the one block that may straddle the end of the keys comes first, outside the loop. Letters: `B H S
-D` as in the public function; a tile is CONSUMERS * 64 queries by BN keys.
+D` as in the public function; a tile is CONSUMERS * 64 queries by BN keys. A PERSISTENT program
+takes tile after tile from a counter that all share: the producer, which hands a tile's number to
+the consumers with its queries.
 """
 
 from triton.experimental import gluon
@@ -20,6 +22,8 @@ from vdit_sparse.kernels.block_sparse.hopper.parts import (
     ROWS,
     SMALLEST,
     advance,
+    hand_over,
+    handed_over,
     key_place,
     masked,
     peak_of,
@@ -41,7 +45,7 @@ from vdit_sparse.kernels.block_sparse.hopper.steps import (
 
 @gluon.jit
 def _produce(
-    descriptors, buffers, barriers, lists, strides, sizes, total,
+    descriptors, buffers, barriers, numbers, taken_ptr, lists, strides, sizes, total,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
@@ -57,7 +61,8 @@ def _produce(
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     parity = gl.to_tensor(1)
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
+    t = gl.program_id(0)
+    while t < total:
         b, h, m0, list_ptr, steps, full, _length = tile_of(
             t, lists, strides, sizes, CONSUMERS * ROWS, BLOCK_Q, BLOCK_K, BN
         )
@@ -65,6 +70,7 @@ def _produce(
         for w in gl.static_range(CONSUMERS):
             if PERSISTENT:
                 mbarrier.wait(q_empty.index(w), parity)
+                hand_over(numbers.index(w), t)
             mbarrier.expect(q_ready.index(w), Q_BYTES)
             tma.async_copy_global_to_shared(
                 q_desc, [b, h, m0 + w * ROWS, 0], q_ready.index(w), q_smem.index(w)
@@ -89,12 +95,21 @@ def _produce(
                 )
             slot, phase = advance(slot, phase, STAGES)
             _block, start = step_at(list_ptr, steps - 2 - i, full, BLOCK_K, BN)
+        t = total
+        if PERSISTENT:
+            # Every program begins with the tile of its own number.
+            t = gl.num_programs(0) + gl.atomic_add(taken_ptr, 1, sem="relaxed")
+    if PERSISTENT:
+        for w in gl.static_range(CONSUMERS):
+            mbarrier.wait(q_empty.index(w), parity)
+            hand_over(numbers.index(w), t)
+            mbarrier.arrive(q_ready.index(w))
 
 
 @gluon.jit
 def _consume(
-    descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr, skips_ptr, lse_ptr, strides,
-    sizes, scale, skip_log2, tiles,
+    descriptors, buffers, barriers, numbers, o_smem, scales, lists, valid_ptr, skips_ptr, lse_ptr,
+    strides, sizes, scale, skip_log2, tiles,
     W: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
     PINGPONG: gl.constexpr, EMULATE: gl.constexpr,
@@ -117,7 +132,11 @@ def _consume(
     phase = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     parity = gl.to_tensor(0)
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    t = gl.program_id(0)
+    if PERSISTENT:
+        mbarrier.wait(q_ready.index(W), parity)
+        t = handed_over(numbers.index(W))
+    while t < tiles:
         b, h, m0, list_ptr, steps, full, length = tile_of(
             t, lists, strides, sizes, CONSUMERS * ROWS, BLOCK_Q, BLOCK_K, BN
         )
@@ -131,8 +150,8 @@ def _consume(
             nq = (S + BLOCK_Q - 1) // BLOCK_Q
             to_log2 *= gl.load(q_scale_ptr + head * nq + m0 // BLOCK_Q)
             factor = gl.maximum(to_log2 * gl.load(k_scale_ptr + k_row + block), SMALLEST)
-        mbarrier.wait(q_ready.index(W), parity)
-        parity ^= 1
+        if not PERSISTENT:
+            mbarrier.wait(q_ready.index(W), parity)
         q = q_smem.index(W).reshape([ROWS, D])
         k_slot, k_phase = key_place(slot, phase, LONE)
         started = start_scores(q, k_smem, k_ready, k_slot, k_phase, D, BN, S_L, INT8)
@@ -191,6 +210,11 @@ def _consume(
         store_outputs(
             out, lse, o_smem, descriptors[3], lse_ptr, b, h, m0, head * S, S, W, D, S_L, PERSISTENT
         )  # fmt: skip
+        t = tiles
+        if PERSISTENT:
+            parity ^= 1
+            mbarrier.wait(q_ready.index(W), parity)
+            t = handed_over(numbers.index(W))
     tma.store_wait(0)
 
 
@@ -202,7 +226,7 @@ def _consume(
 )  # fmt: skip
 def hopper_forward(
     q_desc, k_desc, v_desc, o_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr, lse_ptr,
-    idx_ptr, cnt_ptr, valid_ptr, kv_len_ptr, order_ptr, skips_ptr,
+    idx_ptr, cnt_ptr, valid_ptr, kv_len_ptr, order_ptr, taken_ptr, skips_ptr,
     idx_b, idx_h, idx_q, cnt_b, cnt_h, cnt_q, H, S, keys, nk, tiles, scale, skip_log2,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
@@ -211,8 +235,10 @@ def hopper_forward(
 ):  # fmt: skip
     """See `block_sparse_attention`. Descriptors are 4-D. q_scale_ptr, k_scale_ptr, shift_ptr: of
     INT8 queries and keys, else None; v_scale_ptr: of e4m3 values, which lie transposed with the
-    keys of each 16 in the order of `quantize_values(permuted=True)`, else None. skips_ptr: int32
-    `[B, H, nq, nk]`, where tiles left out are counted, or None: none is."""
+    keys of each 16 in the order of `quantize_values(permuted=True)`, else None. order_ptr: int32
+    `[tiles]`, each head's query blocks in the order of its tiles, or None: the last comes first.
+    taken_ptr: a zero, int32, from which programs take tiles (PERSISTENT), else None. skips_ptr:
+    int32 `[B, H, nq, nk]`, where tiles left out are counted, or None: none is."""
     INT8: gl.constexpr = q_scale_ptr is not None
     FP8: gl.constexpr = v_scale_ptr is not None
     V_ROWS: gl.constexpr = D if FP8 else BN
@@ -226,6 +252,8 @@ def hopper_forward(
         o_smem = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS, 1, 1, ROWS, D], o_desc.layout)
     else:
         o_smem = q_smem
+    NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    numbers = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 1], NUMBERS)
     LAYOUT: gl.constexpr = mbarrier.MBarrierLayout()
     q_ready = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], LAYOUT)
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], LAYOUT)
@@ -258,18 +286,18 @@ def hopper_forward(
         gl.warp_specialize(
             [
                 (_consume, (
-                    descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
+                    descriptors, buffers, barriers, numbers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
                     BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, EMULATE,
                 )),
                 (_consume, (
-                    descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
+                    descriptors, buffers, barriers, numbers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 1, D, BLOCK_Q,
                     BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, EMULATE,
                 )),
                 (_produce, (
-                    descriptors, buffers, barriers, lists, strides, sizes, tiles, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT,
+                    descriptors, buffers, barriers, numbers, taken_ptr, lists, strides, sizes,
+                    tiles, D, BLOCK_Q, BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT,
                 )),
             ],
             [4, 1],
@@ -279,13 +307,13 @@ def hopper_forward(
         gl.warp_specialize(
             [
                 (_consume, (
-                    descriptors, buffers, barriers, o_smem, scales, lists, valid_ptr,
+                    descriptors, buffers, barriers, numbers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
                     BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, False, EMULATE,
                 )),
                 (_produce, (
-                    descriptors, buffers, barriers, lists, strides, sizes, tiles, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT,
+                    descriptors, buffers, barriers, numbers, taken_ptr, lists, strides, sizes,
+                    tiles, D, BLOCK_Q, BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT,
                 )),
             ],
             [1],

@@ -1,7 +1,7 @@
 """Launching the Hopper kernel: quantisation where asked, descriptors, the grid."""
 
 from functools import cache
-from math import log2
+from math import inf, log2
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse.hopper.kernel import hopper_forward
+from vdit_sparse.kernels.block_sparse.hopper.order import longest_first
 from vdit_sparse.kernels.block_sparse.hopper.pairs import paired_forward
 from vdit_sparse.kernels.block_sparse.hopper.variants import Variant
 from vdit_sparse.kernels.block_sparse.layout import (
@@ -96,16 +97,13 @@ def attend(
         return
     transposed = v.dtype == torch.float8_e4m3fn
     tiles = B * H * -(-S // variant.rows)
-    programs = tiles
-    if variant.persistent:
-        programs = min(tiles, variant.programs * multiprocessors(q.device))
     idx = mask.idx if mask.idx.stride(-1) == 1 else mask.idx.contiguous()
-    order = longest_first(mask, (B, H), variant) if variant.longest_first else None
     with torch.cuda.device_of(q):
-        hopper_forward[(programs,)](
+        order, taken = tile_order(mask, (B, H), variant)
+        hopper_forward[(min(tiles, programs_at_once(variant, q.device)),)](
             descriptor(q, 64, D), descriptor(k, variant.keys, D),
             descriptor(v, *((D, variant.keys) if transposed else (variant.keys, D))),
-            descriptor(out, 64, D), *scales, lse, idx, mask.cnt, mask.valid, kv_len, order,
+            descriptor(out, 64, D), *scales, lse, idx, mask.cnt, mask.valid, kv_len, order, taken,
             skips, *shared_strides(idx), *shared_strides(mask.cnt), H, S, keys, mask.nk, tiles,
             scale, log2(skip_threshold), D=D, BLOCK_Q=mask.block_q, BLOCK_K=mask.block_k,
             **variant.constants, **variant.options,
@@ -149,13 +147,23 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], NUMBERS[dtype])
 
 
-def longest_first(mask: BlockMask, heads: tuple[int, int], variant: Variant) -> Tensor:
-    """Tile numbers, int32 `[tiles]`: in each head by falling number of key blocks."""
-    rows = mask.cnt.expand(*heads, mask.nq).flatten(0, 1)
-    # Tile 0 of a head is its last one.
-    order = rows.flip(1).argsort(dim=1, descending=True, stable=True)
-    first = torch.arange(len(rows), device=rows.device)[:, None] * mask.nq
-    return (order + first).int().flatten()
+def tile_order(
+    mask: BlockMask, heads: tuple[int, int], variant: Variant
+) -> tuple[Tensor | None, Tensor | None]:
+    """`order_ptr` and `taken_ptr` of the kernel. The counter belongs to this call alone: calls on
+    other streams have their own, and a graph zeroes it each time."""
+    order, taken = None, None
+    if variant.longest_first:
+        order, taken = longest_first(mask, heads)
+    elif variant.persistent:
+        taken = torch.zeros(1, dtype=torch.int32, device=mask.device)
+    return order, taken if variant.persistent else None
+
+
+def programs_at_once(variant: Variant, device: torch.device) -> float:
+    """How many programs a call has at most: of the persistent form, as many as the GPU runs at
+    once."""
+    return variant.programs * multiprocessors(device) if variant.persistent else inf
 
 
 @cache

@@ -52,6 +52,18 @@ def key_place(slot, phase, LONE: gl.constexpr):
 
 
 @gluon.jit
+def hand_over(numbers, t):
+    """The producer's warp writes the number of the tile whose queries come here."""
+    numbers.store(gl.full([1], t, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def handed_over(numbers):
+    """The same number, as a scalar of a consumer's four warps."""
+    return gl.max(numbers.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def block_at(list_ptr, position, full):
     """The key block at this position of a list; 0 before its start."""
     listed = gl.load(list_ptr + position, mask=(position >= 0) & (not full), other=0)
@@ -70,12 +82,13 @@ def step_at(list_ptr, step, full, BLOCK_K: gl.constexpr, BN: gl.constexpr):
 def place_of(t, order_ptr, kv_len_ptr, sizes, ROWS: gl.constexpr):
     """Batch row, head and first query of tile `t`, and the real keys of the batch row."""
     H, S, keys, _nk = sizes
-    if order_ptr is not None:
-        t = gl.load(order_ptr + t)
     tiles = (S + ROWS - 1) // ROWS
     # Head-major, so that a head's keys stay in L2; last rows first, for the dense rows of text.
     head = t // tiles
-    m0 = (tiles - 1 - t % tiles) * ROWS
+    row = tiles - 1 - t % tiles
+    if order_ptr is not None:
+        row = gl.load(order_ptr + t)
+    m0 = row * ROWS
     b, h = head // H, head % H
     length = keys
     if kv_len_ptr is not None:

@@ -4,6 +4,7 @@ It may compute wrongly or never end. The first is a reason not to use it. After 
 is lost to this process, which is told so instead of waiting without a word.
 """
 
+from dataclasses import replace
 from functools import cache
 from time import monotonic, sleep
 
@@ -12,8 +13,12 @@ from torch import Tensor
 from triton.runtime.errors import TritonError
 
 from vdit_sparse.kernels.block_mask import BlockMask
-from vdit_sparse.kernels.block_sparse.hopper.launch import launch, launch_skipping
-from vdit_sparse.kernels.block_sparse.hopper.variants import variant_for
+from vdit_sparse.kernels.block_sparse.hopper.launch import (
+    launch,
+    launch_skipping,
+    programs_at_once,
+)
+from vdit_sparse.kernels.block_sparse.hopper.variants import Variant, variant_for
 from vdit_sparse.kernels.block_sparse.reference import forward as reference_forward
 
 # Relative L2 error against exact attention on normal data: rounding alone makes 2.3e-3, 1.3e-2 and
@@ -70,7 +75,9 @@ def _check(
         for x in reference_forward(*(x.float() for x in (q, k, v)), mask, D**-0.5, kv_len, "bf16")
     ]
     variant = variant_for(D, blocks, precision, valid)
-    call = (q, k, v, mask, D**-0.5, kv_len)
+    times = repeats(variant, device)
+    exact = [x.repeat_interleave(times, 1) for x in exact]
+    call = (*repeated(q, k, v, mask, times), D**-0.5, kv_len)
     try:
         loose = launch_skipping(*call, 1.0, variant)[:2] if skipping else None
         if skipping:
@@ -116,6 +123,24 @@ def why_wrong(
             f"{LARGEST_ERROR[precision]:.1e} and {LARGEST_LSE_ERROR[precision]:.1e} are allowed"
         )
     return None
+
+
+def repeats(variant: Variant, device: torch.device) -> int:
+    """How often the problem's heads have to come for a program to compute several tiles, where it
+    does."""
+    if not variant.persistent:
+        return 1
+    tiles = 2 * -(-TOKENS // variant.rows)
+    return -(-3 * int(programs_at_once(variant, device)) // tiles)
+
+
+def repeated(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, times: int
+) -> tuple[Tensor, Tensor, Tensor, BlockMask]:
+    """The same problem with each head `times` times."""
+    q, k, v = (x.transpose(1, 2).repeat_interleave(times, 2).transpose(1, 2) for x in (q, k, v))
+    idx, cnt = (x.repeat_interleave(times, 1) for x in (mask.idx, mask.cnt))
+    return q, k, v, replace(mask, idx=idx, cnt=cnt)
 
 
 def problem(

@@ -14,10 +14,10 @@ class Variant:
     consumers: warpgroups of 64 queries each, 1 or 2; keys: keys of a step, tokens; stages: tiles of
     keys, and of values, in shared memory; lone: one tile of keys for two of values; paired: for
     query blocks of 64, of which two share the keys that both list (`pairs.py`, bf16 alone).
-    persistent: as many programs as fit the GPU, each of which takes tile after tile and loads the
-    next tile's queries early; pingpong: consumers start their products in turns; emulate: every
-    fourth exponential on the FMA units; longest_first: tiles of a head by falling length of their
-    lists.
+    persistent: as many programs as fit the GPU, each of which takes tile after tile from a common
+    counter and loads the next tile's queries early; pingpong: consumers start their products in
+    turns; emulate: every fourth exponential on the FMA units; longest_first: tiles of a head by
+    falling length of their lists.
     producer_registers: of a thread of the producer's warp; registers: of a thread when the program
     starts, before the warps trade them, or None.
     """
@@ -77,6 +77,10 @@ PAIRS = {128: Variant(2, 128, 2), 64: Variant(2, 128, 3)}
 SINGLES = {128: Variant(1, 64, 3, registers=128), 64: Variant(1, 128, 2, registers=128)}
 # What was faster where it was measured, all without masked slots: (D, blocks, precision) -> form.
 FASTER = {
+    (128, (128, 128), "bf16"): Variant(2, 128, 2, persistent=True, longest_first=True),
+    (64, (128, 128), "bf16"): Variant(
+        2, 128, 3, persistent=True, pingpong=True, longest_first=True
+    ),
     # As fast as one stage of 128 keys on even lists, and 3 % faster on ragged ones.
     (128, (64, 128), "bf16"): Variant(1, 128, 2, lone=True, registers=128),
     (128, (128, 128), "int8_fp8"): Variant(2, 128, 3, pingpong=True),
