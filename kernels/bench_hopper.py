@@ -38,7 +38,10 @@ from vdit_sparse.kernels.block_sparse.reference import forward as reference_forw
 
 WIDE = {"heads": 24, "tokens": 32768, "dim": 128}
 NARROW = {"heads": 16, "tokens": 45056, "dim": 64}
-LONGEST = {"longest_first": True}
+OFF = {"persistent": False, "longest_first": False}
+MANY = {"persistent": True, "longest_first": True}
+LONGEST = {"persistent": False, "longest_first": True}
+TURNS, NO_TURNS = {"pingpong": True}, {"pingpong": False}
 EVEN = [("local", 0.25), ("random", 0.25), ("local", 0.1), ("random", 0.1)]
 LARGEST_ERROR = {"bf16": 7e-3, "int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
 CHECK_SECONDS = 60  # of a small problem with its process's start and compiling; then it is hung
@@ -67,20 +70,18 @@ class Form:
 
 def forms(groups: list[str]) -> list[Form]:
     """Every form of the groups asked for."""
-    turns, many = {"pingpong": True}, {"persistent": True}
-    sorted_many = many | LONGEST
-    wide = [{}, turns, LONGEST, many, sorted_many, sorted_many | turns]
-    narrow = [{}, turns, many, sorted_many, sorted_many | turns, many | {"emulate": True}]
-    # In 8 bits the consumers take turns unless it says otherwise.
-    eight = [{}, LONGEST, many, sorted_many, sorted_many | {"pingpong": False}]
-    bf16_values = [{}, sorted_many, sorted_many | turns]
+    # As they are, bf16 forms are persistent, longest first, those of D = 64 with turns; those of 8
+    # bits are not, and `int8_fp8` has turns.
+    wide = [{}, OFF, LONGEST, TURNS, {"longest_first": False}]
+    narrow = [{}, OFF | NO_TURNS, OFF, LONGEST, NO_TURNS]
+    eight = [{}, LONGEST, MANY, MANY | NO_TURNS]
+    bf16_values = [{}, LONGEST, MANY, MANY | TURNS]
     paired = {"consumers": 2, "registers": None, "paired": True, "lone": False}
     found = [_form("wide", 128, changes=change) for change in wide]
     found += [_form("narrow", 64, changes=change) for change in narrow]
-    for blocks in ((64, 128), (64, 64), (128, 64)):
-        found += [_form("rows", 128, blocks, changes=change) for change in ({}, sorted_many)]
+    found += [_form("rows", 128, blocks) for blocks in ((64, 128), (64, 64), (128, 64))]
+    found += [_form("rows", 128, (128, 64), changes=MANY)]
     found += [_form("rows", 128, (64, 128), changes=paired | {"stages": 3})]
-    found += [_form("rows", 128, (64, 128), changes={"stages": 1, "lone": False})]
     found += [_form("eight", 128, precision="int8_fp8", changes=change) for change in eight]
     found += [_form("eight", 128, precision="int8_bf16", changes=change) for change in bf16_values]
     found += [_form("eight", 64, precision="int8_fp8")]
