@@ -221,13 +221,12 @@ def _lines(found: Estimate) -> list[tuple[str, str]]:
 
 def _method_lines(found: Estimate) -> list[tuple[str, str]]:
     sparse = found.sparsity
-    padded = f", {sparse.padded:,} slots padded" if sparse.padded else ""
     density = "unknown" if sparse.density is None else f"{sparse.density:.3f}"
     run = "unknown" if sparse.run is None else f"{sparse.run:.3f}"
     calls = f"{sparse.sparse_calls} of {sparse.calls} calls in {found.run.steps} steps are sparse"
     return [
         ("method", found.choice.label),
-        ("blocks", f"{sparse.blocks:,} of {sparse.block} tokens{padded}"),
+        ("blocks", f"{sparse.blocks:,} of {sparse.block} tokens"),
         ("density", f"{density} in a sparse call ({sparse.source})"),
         ("", f"{run} over a run ({calls})"),
     ]

@@ -18,7 +18,7 @@ from vdit_sparse.methods import (
     RadialAttention,
     RettentionAttention,
 )
-from vdit_sparse.orders import regions_of, text_blocks
+from vdit_sparse.orders import text_blocks
 from vdit_sparse.pipelines.anatomy import Anatomy
 
 # Methods whose plan is a function of the grid alone.
@@ -42,8 +42,8 @@ class Sparsity:
 
     density: kept share of key blocks in a sparse call; None where only its calibration says.
     source: where that number comes from. run: mean density of a run, what is dense counted as 1.
-    dense: (sparse, all) calls of a run. blocks: of the sequence in the method's order; padded:
-    masked slots in them. memory: bytes by what they are for.
+    dense: (sparse, all) calls of a run. blocks: of the sequence. memory: bytes by what they are
+    for.
     """
 
     density: float | None
@@ -53,7 +53,6 @@ class Sparsity:
     calls: int
     block: int
     blocks: int
-    padded: int
     memory: dict[str, int]
 
 
@@ -80,7 +79,7 @@ def sparsity(
     InputError for a number of steps that the method's fields do not allow."""
     plan = _geometric_plan(method, grid, anatomy, run)
     block = method.block or BLOCK_SIZES[0]
-    blocks, padded = _layout(method, grid, block, plan)
+    blocks = math.ceil(grid.tokens / block)
     density, source = _density(method, grid, block, blocks, plan, assumed)
     sparse, dense = _calls(method, grid, anatomy.layers, run.steps)
     calls = sparse + dense
@@ -92,7 +91,6 @@ def sparsity(
         calls,
         block,
         blocks,
-        padded,
         _memory(method, grid, anatomy, run, blocks, density, plan),
     )
 
@@ -104,16 +102,6 @@ def _geometric_plan(method, grid: Grid, anatomy: Anatomy, run: Run) -> Plan | No
     return method.plan(nothing, nothing, Call(grid, 0, anatomy.layers, 0, run.steps, {}))
 
 
-def _layout(method, grid: Grid, block: int, plan: Plan | None) -> tuple[int, int]:
-    """(blocks of the sequence, masked slots of regions that reach over a frame's edge)."""
-    if isinstance(method, DraftAttention):
-        regions = math.prod(regions_of(grid, method.region(grid)))
-        return regions + math.ceil(grid.text / block), regions * block - grid.video
-    blocks = math.ceil(grid.tokens / block) if plan is None else plan.mask.nk
-    ordered = grid.tokens if plan is None or plan.order is None else plan.order.shape[-1]
-    return blocks, ordered - grid.tokens
-
-
 def _density(
     method, grid: Grid, block: int, blocks: int, plan: Plan | None, assumed: float | None
 ) -> tuple[float | None, str]:
@@ -122,11 +110,7 @@ def _density(
     if isinstance(method, CalibratedAttention):
         said = "as --density says" if assumed else "its calibration says; assume one by --density"
         return assumed, said
-    if isinstance(method, DraftAttention):
-        video = blocks - math.ceil(grid.text / block)
-        text = 1 - (video / blocks) ** 2
-    else:
-        text = float(text_blocks(grid, block).float().mean())
+    text = float(text_blocks(grid, block).float().mean())
     what = "its field density, and the blocks of text" if text else "its field density"
     return text + (1 - text) * method.density, f"about: {what}"
 

@@ -92,22 +92,12 @@ def tune_each(
     search = search or TuneSearch()
     for target in targets.values():
         _check_density(target, search, settings["num_inference_steps"])
-    asked = {"effects": effects, "rounds": rounds}
     try:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "measured.safetensors"
             measured = _measure(pipe, search, prompts, seeds, file, settings, tell)
             problem = Problem(samples, measured, samples.latents(None))
-            goals = {out: _goal(problem, target) for out, target in targets.items()}
-            weight = _weigh(problem, effects, tell)
-            return [
-                _saved(
-                    _solve(problem, target, goals[out], weight, rounds, tell),
-                    out,
-                    {"target": asdict(target), **asked},
-                )
-                for out, target in targets.items()
-            ]
+            return _solve_all(problem, targets, effects, rounds, tell)
     finally:
         remove(pipe)
 
@@ -139,6 +129,19 @@ def _measure(pipe, search, prompts, seeds, file: Path, settings: dict, tell: Tel
         tell("measuring heads", run * total + done, runs * total)
 
     return calibrate(pipe, search, prompts, seeds, out=file, on_step=on_step, **settings)
+
+
+def _solve_all(
+    problem: Problem, targets: Mapping[str | Path, Target], effects, rounds: int, tell: Tell
+) -> list[Tuned]:
+    """The schedule of each target, each written to its file as soon as it is found."""
+    goals = {out: _goal(problem, target) for out, target in targets.items()}
+    weight, every = _weigh(problem, effects, tell), []
+    for out, target in targets.items():
+        found = _solve(problem, target, goals[out], weight, rounds, tell)
+        asked = {"target": asdict(target), "effects": effects, "rounds": rounds}
+        every.append(_saved(found, out, asked))
+    return every
 
 
 def _goal(problem: Problem, target: Target) -> Goal | None:

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from vdit_sparse.grid import Grid
-from vdit_sparse.orders import AXES, axis_order, region_order, regions_of, text_blocks
+from vdit_sparse.orders import (
+    AXES,
+    axis_order,
+    by_video_block,
+    region_order,
+    text_blocks,
+    video_blocks,
+)
 
 CPU = torch.device("cpu")
 GRID = Grid(3, 5, 7, 4)
@@ -32,30 +39,29 @@ def test_raster_order_is_the_identity_and_unknown_axes_raise():
 
 @pytest.mark.parametrize("region", [(8, 16), (16, 8), (8, 8), (4, 16)])
 @pytest.mark.parametrize("grid", [GRID, Grid(2, 16, 32), Grid(2, 17, 33, 100), Grid(1, 3, 2)])
-def test_regions_are_blocks(grid, region):
-    order, valid = region_order(grid, region, CPU)
-    block = region[0] * region[1]
-    frames, rows, columns = regions_of(grid, region)
-    regions = frames * rows * columns
-    assert len(order) == regions * block + grid.text
-    assert torch.equal(order[order >= 0].sort().values, torch.arange(grid.tokens))
-    counts = torch.full((regions + -(-grid.text // block),), block) if valid is None else valid
-    for number, (f, i, j) in enumerate(itertools.product(*map(range, (frames, rows, columns)))):
-        slots = order[number * block : (number + 1) * block]
-        real = [
+def test_whole_regions_are_blocks_and_the_rest_follows(grid, region):
+    height, width = region
+    rows, columns = -(-grid.height // height), -(-grid.width // width)
+    whole, rest = [], []
+    for f, i, j in itertools.product(range(grid.frames), range(rows), range(columns)):
+        tokens = [
             f * grid.frame_tokens + y * grid.width + x
-            for y in range(i * region[0], min((i + 1) * region[0], grid.height))
-            for x in range(j * region[1], min((j + 1) * region[1], grid.width))
+            for y in range(i * height, min((i + 1) * height, grid.height))
+            for x in range(j * width, min((j + 1) * width, grid.width))
         ]
-        assert slots[: len(real)].tolist() == real
-        assert (slots[len(real) :] == -1).all()
-        assert counts[number] == len(real)
-    assert order[regions * block :].tolist() == list(range(grid.video, grid.tokens))
+        (whole if len(tokens) == height * width else rest).extend(tokens)
+    text = list(range(grid.video, grid.tokens))
+    assert region_order(grid, region, CPU).tolist() == whole + rest + text
 
 
-def test_whole_regions_need_no_counts():
-    assert region_order(Grid(2, 16, 32), (8, 16), CPU)[1] is None
-    assert region_order(Grid(2, 16, 30), (8, 16), CPU)[1] is not None
+@pytest.mark.parametrize("text, counts", [(0, [64, 64, 64, 9]), (1, [64, 64, 64])])
+def test_values_by_the_blocks_that_hold_video_alone(text, counts):
+    grid = Grid(3, 67, 1, text)
+    assert video_blocks(grid, 64) == len(counts)
+    blocks = by_video_block(torch.arange(grid.video), grid, 64)
+    for number, (block, count) in enumerate(zip(blocks, counts, strict=True)):
+        assert block[:count].tolist() == list(range(64 * number, 64 * number + count))
+        assert (block[count:] == grid.video - 1).all()
 
 
 @pytest.mark.parametrize("block", [64, 128])

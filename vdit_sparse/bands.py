@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.method import Plan
-from vdit_sparse.orders import region_order, regions_of, text_blocks
+from vdit_sparse.orders import by_video_block, region_order, text_blocks, video_blocks
 
 MASKS = ("block", "token", "tile")
 # Height and width in tokens of a tile, by block; DraftAttention's where a block has 128.
@@ -34,9 +34,9 @@ def band_plan(grid: Grid, mask: str, share: float, block: int, device: torch.dev
     # A cached tensor outlives the inference mode that it may have been asked for in.
     with torch.inference_mode(False):
         if mask == "tile":
-            order, valid = region_order(grid, REGIONS[block], device)
             keep = band_tiles(grid, share, REGIONS[block])
-            return Plan(BlockMask.from_keep(keep, block, valid=valid).to(device), order)
+            order = region_order(grid, REGIONS[block], device)
+            return Plan(BlockMask.from_keep(keep, block).to(device), order)
         keep = band_blocks(grid, half_width(grid, share), block, cover=mask == "token")
         return Plan(BlockMask.from_keep(keep, block).to(device))
 
@@ -85,21 +85,26 @@ def band_blocks(grid: Grid, half: int, block: int, *, cover: bool = False) -> Te
 
 
 def band_tiles(grid: Grid, share: float, region: tuple[int, int]) -> Tensor:
-    """The band as a disc of tiles, bool `[nb, nb]` on the CPU, blocks as `orders.region_order` has
-    them: tiles are kept whose centres lie at most a radius apart, at least the tile itself. Of the
-    distances that there are, the radius is the one with which the kept share of the tile pairs of a
-    frame, discs cut off at its edges, comes nearest to `share`. Blocks of text are whole."""
-    frames, rows, columns = regions_of(grid, region)
-    y = torch.arange(rows, device="cpu").repeat_interleave(columns) * region[0]
-    x = torch.arange(columns, device="cpu").repeat(rows) * region[1]
+    """The band as a disc of tiles, bool `[nb, nb]` on the CPU, tiles being the blocks that
+    `orders.region_order` has: pairs are kept whose centres lie at most a radius apart, and the
+    nearest tile of each frame. Of the distances that there are, the radius is the one with which
+    the kept share of the pairs, discs cut off at the edges of the frame, comes nearest to `share`.
+    Blocks of text are whole."""
+    block = region[0] * region[1]
+    keep = text_blocks(grid, block)
+    if not video_blocks(grid, block):
+        return keep
+    order = by_video_block(region_order(grid, region, torch.device("cpu")), grid, block)
+    place, home = order % grid.frame_tokens, order[:, 0] // grid.frame_tokens
+    y, x = (each.double().mean(1) for each in (place // grid.width, place % grid.width))
     apart = (y[:, None] - y).square() + (x[:, None] - x).square()
     radii, pairs = apart.unique(return_counts=True)
     nearest = (pairs.cumsum(0) / apart.numel() - share).abs().argmin()
-    video = frames * rows * columns
-    blocks = video + math.ceil(grid.text / (region[0] * region[1]))
-    keep = torch.ones(blocks, blocks, dtype=torch.bool, device="cpu")
-    keep[:video, :video] = (apart <= radii[nearest]).repeat(frames, frames)
-    return keep
+    keep[: len(y), : len(y)] |= apart <= radii[nearest]
+    for frame in home.unique():
+        away = apart.masked_fill(home != frame, torch.inf)
+        keep[torch.arange(len(y), device="cpu"), away.argmin(1)] = True
+    return keep | keep.mT
 
 
 def band_attention(

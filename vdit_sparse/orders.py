@@ -8,7 +8,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from vdit_sparse.grid import Grid
 
@@ -30,32 +29,39 @@ def axis_order(grid: Grid, axes: str, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def region_order(
-    grid: Grid, region: tuple[int, int], device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Regions of `region` = (height, width) tokens of a frame as blocks of height * width slots.
+def region_order(grid: Grid, region: tuple[int, int], device: torch.device) -> Tensor:
+    """The tokens by regions of `region` = (height, width) tokens of a frame, int64 `[S]`, as `Plan`
+    takes it: first those of whole regions, each in raster order, regions in raster order of (frame,
+    row, column); then those of regions that reach over the frame's edge, in the same order; then
+    text.
 
-    Returns order `[S']` and valid `[nk]`, as `Plan` and `BlockMask` take them: regions in raster
-    order of (frame, row, column), the real tokens of a region that reaches over the frame's edge
-    first and then masked slots (-1); then text, from a block's start. valid is None where no region
-    reaches over an edge.
+    Whole regions are blocks of height * width tokens; the others fill blocks one after the other,
+    so that no slot is masked: a block there holds parts of neighbouring regions.
     """
     height, width = region
-    block = height * width
     with torch.inference_mode(False):
-        raster = torch.arange(grid.video, device="cpu").view(grid.frames, grid.height, grid.width)
-        over = (0, -grid.width % width, 0, -grid.height % height)
-        tiles = pad(raster, over, value=-1).unflatten(2, (-1, width)).unflatten(1, (-1, height))
-        slots = tiles.permute(0, 1, 3, 2, 4).reshape(-1, block)
-        # Stable: real tokens keep their raster order within the region.
-        slots = slots.gather(1, (slots < 0).to(torch.uint8).argsort(stable=True, dim=1))
-        text = torch.arange(grid.video, grid.tokens, device="cpu")
-        order = torch.cat([slots.flatten(), text]).to(device)
-        if over == (0, 0, 0, 0):
-            return order, None
-        ends = [min(block, grid.text - start) for start in range(0, grid.text, block)]
-        valid = torch.cat([(slots >= 0).sum(1), torch.tensor(ends, dtype=torch.long)])
-        return order, valid.to(torch.int32).to(device)
+        token = torch.arange(grid.tokens, device="cpu")
+        frame, place = token[: grid.video] // grid.frame_tokens, token[: grid.video]
+        y, x = place % grid.frame_tokens // grid.width, place % grid.width
+        row, column = y // height, x // width
+        over = ((row + 1) * height > grid.height) | ((column + 1) * width > grid.width)
+        rows, columns = -(-grid.height // height), -(-grid.width // width)
+        number = ((over * grid.frames + frame) * rows + row) * columns + column
+        order = number.argsort(stable=True)
+        return torch.cat([order, token[grid.video :]]).to(device)
+
+
+def video_blocks(grid: Grid, block: int) -> int:
+    """How many blocks of the sequence hold video alone: all but `text_blocks`."""
+    return grid.video // block if grid.text else -(-grid.video // block)
+
+
+def by_video_block(values: Tensor, grid: Grid, block: int) -> Tensor:
+    """Values of the video's tokens, `[>= video]` in the order of the sequence, by their block:
+    `[video_blocks, block]`, where the last one fills up what lies past the end."""
+    count = video_blocks(grid, block)
+    at = torch.arange(count * block, device=values.device).clamp(max=grid.video - 1)
+    return values[at].view(count, block)
 
 
 def text_blocks(grid: Grid, block: int) -> Tensor:
@@ -65,8 +71,3 @@ def text_blocks(grid: Grid, block: int) -> Tensor:
     at = torch.arange(-(-grid.tokens // block), device="cpu")
     holds = (at >= grid.video // block) & (grid.text > 0)
     return holds[:, None] | holds
-
-
-def regions_of(grid: Grid, region: tuple[int, int]) -> tuple[int, int, int]:
-    """(frames, rows, columns) of regions that cover the video."""
-    return grid.frames, -(-grid.height // region[0]), -(-grid.width // region[1])

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from tests.tiny_models import WAN_CALL, tiny_wan
 from vdit_sparse.call import Call
@@ -14,7 +15,7 @@ from vdit_sparse.grid import Grid
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.method import Plan, SparseAttention
 from vdit_sparse.methods import AdaSpaAttention, DraftAttention, RadialAttention
-from vdit_sparse.orders import axis_order, region_order
+from vdit_sparse.orders import axis_order
 from vdit_sparse.pipelines.attach import apply, summary
 
 GRID = Grid(3, 6, 11, 25)
@@ -39,7 +40,14 @@ def per_head(device):
 
 
 def regions(device):
-    order, valid = region_order(GRID, (8, 8), device)
+    """Columns 0 to 7 and 8 to 10 of each frame as blocks with masked slots; then text."""
+    raster = torch.arange(GRID.video).view(GRID.frames, GRID.height, GRID.width)
+    parts = [part.flatten(1) for part in raster.split(8, dim=2)]
+    slots = torch.stack([pad(part, (0, 64 - part.shape[1]), value=-1) for part in parts], 1)
+    text = torch.arange(GRID.video, GRID.tokens)
+    order = torch.cat([slots.flatten(), text]).to(device)
+    counts = [*(slots >= 0).sum(2).flatten(), *(len(x) for x in text.split(64))]
+    valid = torch.tensor(counts, dtype=torch.int32, device=device)
     return Plan(BlockMask.from_keep(some(1, len(valid), device), 64, valid=valid), order)
 
 

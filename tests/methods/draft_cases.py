@@ -1,7 +1,5 @@
 """Grids and helpers that the two files of DraftAttention's tests share."""
 
-import math
-
 import torch
 
 from vdit_sparse.call import Call
@@ -11,6 +9,7 @@ from vdit_sparse.methods.draft import DraftAttention
 # Images, one token, ragged regions in both directions, text that fills no block.
 GRIDS = [
     Grid(1, 1, 1),
+    Grid(1, 3, 5, 40),
     Grid(1, 9, 13),
     Grid(3, 20, 9),
     Grid(5, 9, 19, 17),
@@ -26,20 +25,28 @@ def call_at(grid, step=1):
     return Call(grid, layer=0, layers=1, step=step, steps=4, memory={})
 
 
-def region_of_tokens(method, grid):
-    """The region of each token, and -1 for text, worked out token by token."""
+def block_of_tokens(method, grid):
+    """The block of each token, worked out token by token, and -1 where that holds text."""
     height, width = method.region(grid)
-    rows, columns = math.ceil(grid.height / height), math.ceil(grid.width / width)
     token = torch.arange(grid.video)
     frame, place = token // grid.frame_tokens, token % grid.frame_tokens
-    row, column = place // grid.width // height, place % grid.width // width
-    region = (frame * rows + row) * columns + column
-    return torch.cat([region, torch.full((grid.text,), -1)])
+    y, x = place // grid.width, place % grid.width
+    row, column = y // height, x // width
+    partial = ((row + 1) * height > grid.height) | ((column + 1) * width > grid.width)
+    keys = zip(*(each.tolist() for each in (partial, frame, row, column, y, x)), strict=True)
+    places = {key: number for number, key in enumerate(sorted(keys))}
+    keys = zip(*(each.tolist() for each in (partial, frame, row, column, y, x)), strict=True)
+    blocks = torch.tensor([places[key] // method.block for key in keys])
+    if grid.text:
+        blocks[blocks >= grid.video // method.block] = -1
+    return torch.cat([blocks, torch.full((grid.text,), -1)])
 
 
 def exact_map(method, q, k, grid):
     """The logarithm of the draft map in fp64."""
-    home = region_of_tokens(method, grid)
+    home = block_of_tokens(method, grid)
+    if home.max() < 0:
+        return torch.empty(*q.shape[:2], 0, 0)
     means = [
         torch.stack([x.double()[:, :, home == r].mean(2) for r in range(int(home.max()) + 1)], 2)
         for x in (q.cpu(), k.cpu())
@@ -48,9 +55,9 @@ def exact_map(method, q, k, grid):
 
 
 def video_part(method, q, k, grid):
-    """The kept pairs of video regions, bool `[B, H, g, g]`."""
+    """The kept pairs of blocks of video alone, bool `[B, H, g, g]`."""
     keep = method.plan(q, k, call_at(grid)).mask.keep().cpu()
-    g = int(region_of_tokens(method, grid).max()) + 1
+    g = int(block_of_tokens(method, grid).max()) + 1
     return keep[:, :, :g, :g]
 
 
@@ -59,7 +66,7 @@ def inputs(grid, device, batch=2, heads=2, size=16):
 
 
 def planted(grid, device, size=16):
-    """q, k that are constant in each region."""
-    home = region_of_tokens(DraftAttention(), grid)
+    """q, k that are constant in each block."""
+    home = block_of_tokens(DraftAttention(), grid)
     q, k = torch.randn(2, 2, 2, int(home.max()) + 1, size)[:, :, :, home]
     return (3 * q).to(device), (3 * k).to(device)

@@ -12,10 +12,10 @@ from tests.methods.draft_cases import (
     GRIDS,
     TEXT,
     WHOLE,
+    block_of_tokens,
     exact_map,
     inputs,
     planted,
-    region_of_tokens,
     video_part,
 )
 from vdit_sparse.grid import Grid
@@ -36,7 +36,7 @@ def test_draft_map_is_the_softmax_of_mean_logits(grid, block, device):
 
 def test_pooled_logit_is_the_mean_of_the_blocks_logits(device):
     q, k, _ = inputs(WHOLE, device)
-    home = region_of_tokens(DraftAttention(), WHOLE)
+    home = block_of_tokens(DraftAttention(), WHOLE)
     logits = (q.double() @ k.double().mT / 4).cpu()
     means = F.one_hot(home).double() / 128
     expected = (means.mT @ logits @ means).log_softmax(-1)
@@ -54,7 +54,7 @@ def test_half_precision_is_pooled_in_fp32(device):
 def test_where_regions_are_constant_the_pairs_of_most_mass_are_kept(device):
     q, k = planted(WHOLE, device)
     mass = (q.double() @ k.double().mT / 4).softmax(-1).cpu()
-    home = F.one_hot(region_of_tokens(DraftAttention(), WHOLE)).double()
+    home = F.one_hot(block_of_tokens(DraftAttention(), WHOLE)).double()
     block_mass = home.mT @ mass @ home / 128
     draft = DraftAttention().draft_map(q, k, WHOLE).cpu()
     torch.testing.assert_close(draft.exp(), block_mass.float(), atol=1e-5, rtol=1e-5)
@@ -108,7 +108,7 @@ def test_higher_density_keeps_more(select, device):
 
 def test_rows_share_one_budget(device):
     # Every region looks at region 0, the later the more sharply: those pairs are the best.
-    home = region_of_tokens(DraftAttention(), TEXT)
+    home = block_of_tokens(DraftAttention(), TEXT)
     k = torch.zeros(1, 1, TEXT.tokens, 16, device=device)
     k[:, :, home.to(device) == 0] = 1
     q = home.clamp(min=0).div(8)[None, None, :, None].repeat(1, 1, 1, 16).to(device)
@@ -139,11 +139,13 @@ def test_forced_pairs_are_added_to_the_ranked_ones(grid, select, device):
     q, k, _ = inputs(grid, device)
     ranked = DraftAttention(density=0.1, select=select)
     before = video_part(ranked, q, k, grid)
-    regions = before.shape[-1] // grid.frames
-    frame = torch.arange(before.shape[-1]) // regions
+    home = block_of_tokens(ranked, grid)[: grid.video]
+    frame = torch.arange(grid.video) // grid.frame_tokens
+    holds = torch.zeros(before.shape[-1], grid.frames, dtype=torch.bool)
+    holds[home[home >= 0], frame[home >= 0]] = True
     assert before.diagonal(dim1=-2, dim2=-1).all()
     sink = video_part(replace(ranked, sink_frames=2), q, k, grid)
-    assert torch.equal(sink, before | (frame < 2))
+    assert torch.equal(sink, before | holds[:, :2].any(1))
     intra = video_part(replace(ranked, intra_frame=True), q, k, grid)
-    assert torch.equal(intra, before | (frame[:, None] == frame))
+    assert torch.equal(intra, before | (holds[:, None] & holds).any(-1))
     assert video_part(replace(ranked, sink_frames=99), q, k, grid).all()

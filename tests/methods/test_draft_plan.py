@@ -13,9 +13,9 @@ from tests.methods.draft_cases import (
     GRIDS,
     TEXT,
     WHOLE,
+    block_of_tokens,
     call_at,
     inputs,
-    region_of_tokens,
     video_part,
 )
 from vdit_sparse.grid import Grid
@@ -32,8 +32,8 @@ def test_text_is_kept_whole(grid, select, device):
     q, k, _ = inputs(grid, device)
     method = DraftAttention(density=0.05, select=select, **BARE)
     mask = method.plan(q, k, call_at(grid)).mask
-    video = int(region_of_tokens(method, grid).max()) + 1
-    assert mask.nk == video + math.ceil(grid.text / 128)
+    video = int(block_of_tokens(method, grid).max()) + 1
+    assert mask.nk == math.ceil(grid.tokens / 128) > video
     assert mask.keep()[:, :, video:].all()
     assert mask.keep()[..., video:].all()
     assert mask.density() < 1
@@ -57,7 +57,7 @@ def test_everything_kept_is_dense(grid, block, device):
 def test_output_is_dense_attention_over_the_kept_pairs(grid, block, fields, device):
     method = DraftAttention(density=0.2, block=block, **fields)
     q, k, v = inputs(grid, device)
-    home = region_of_tokens(method, grid)
+    home = block_of_tokens(method, grid)
     # The last row and column stand for text, whose region is -1.
     kept = F.pad(video_part(method, q, k, grid), (0, 1, 0, 1), value=True)
     seen = kept[:, :, home][..., home].to(device)
@@ -104,8 +104,8 @@ def test_regions_are_the_blocks_of_the_order(grid, fields, region, device):
     method = DraftAttention(**fields)
     assert method.region(grid) == region
     order = method.plan(q, k, call_at(grid)).order
-    assert order is region_order(grid, region, q.device)[0]
-    home = region_of_tokens(method, grid)[order.cpu()].view(-1, method.block)
+    assert order is region_order(grid, region, q.device)
+    home = block_of_tokens(method, grid)[order.cpu()].view(-1, method.block)
     assert torch.equal(home, torch.arange(len(home))[:, None].expand(-1, method.block))
 
 

@@ -13,7 +13,7 @@ from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.pool import pool_blocks
 from vdit_sparse.kernels.select import threshold_blocks, top_blocks
 from vdit_sparse.method import Call, Plan, SparseAttention, check_choice, check_number
-from vdit_sparse.orders import region_order, regions_of
+from vdit_sparse.orders import by_video_block, region_order, text_blocks, video_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,9 @@ class DraftAttention(SparseAttention):
 
     Source: DraftAttention, arXiv 2505.14708, and the authors' released code. In every call:
 
-    1. A region is `pool` = height x width tokens of one frame, as many as a block holds; smaller
-       at the frame's edge. Tokens are reordered so that each region is one block.
+    1. A region is `pool` = height x width tokens of one frame, as many as a block holds. Tokens are
+       reordered so that each region is one block; what is left at the frames' edges fills blocks
+       of its own.
     2. q and k are averaged over each region; with g regions the draft map is the softmax over the
        regions of mean q . mean k / sqrt(head size), `[g, g]` for each head. A logit of it is
        exactly the mean of the block's own logits.
@@ -50,10 +51,10 @@ class DraftAttention(SparseAttention):
 
     Where we differ: the map is fp32 and ranked by its logarithm, for bf16 probabilities tie and
     underflow (the released map is bf16, the theorem of the paper is about logits, whose ranking is
-    another). Any grid works: slots past the frame's edge are masked, and a mean is over the real
-    tokens; a smaller region weighs as much as a whole one. Each batch row has its own map, as in
-    the released variant for guidance; the other takes the first row's. Raises ValueError
-    for a field out of range.
+    another). Any grid works: tokens of regions that reach over the frame's edge are packed into
+    blocks, so that none has masked slots (`orders.region_order`). Each batch row has its own map,
+    as in the released variant for guidance; the other takes the first row's. Raises ValueError for
+    a field out of range.
     """
 
     density: float = 0.25
@@ -92,10 +93,15 @@ class DraftAttention(SparseAttention):
         return (16, 8) if grid.height >= grid.width else (8, 16)
 
     def draft_map(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
-        """Logarithm of the draft map for q, k `[B, H, S, D]`: fp32 `[B, H, g, g]`, the regions of
-        queries and keys in raster order of (frame, row, column)."""
-        order, _ = region_order(grid, self.region(grid), q.device)
-        video = order[: math.prod(regions_of(grid, self.region(grid))) * self.block]
+        """Logarithm of the draft map for q, k `[B, H, S, D]`: fp32 `[B, H, g, g]`, the blocks of
+        queries and keys that hold video alone, in the order of `orders.region_order`."""
+        order, count = (
+            region_order(grid, self.region(grid), q.device),
+            video_blocks(grid, self.block),
+        )
+        if count == 0:
+            return q.new_empty(*q.shape[:2], 0, 0, dtype=torch.float32)
+        video = order[: min(count * self.block, grid.video)]
         q, k = (pool_blocks(x, self.block, order=video) for x in (q, k))
         logits = (q * q.shape[-1] ** -0.5) @ k.mT
         return logits.sub_(logits.logsumexp(-1, keepdim=True))
@@ -103,22 +109,22 @@ class DraftAttention(SparseAttention):
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         """The plan for q, k `[B, H, S, D]`: a mask per batch row and head, one order for all."""
         grid = call.grid
-        order, valid = region_order(grid, self.region(grid), q.device)
+        order = region_order(grid, self.region(grid), q.device)
         score = self.draft_map(q, k, grid)
         always = _always(self, grid, q.device)
         if not (self.force_diagonal or self.intra_frame or self.sink_frames or grid.text):
             # A row that has any pair has its best, so this adds to empty rows only.
             best = score.argmax(-1, keepdim=True)
             always = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
-        return Plan(self._select(score, always, valid), order)
+        return Plan(self._select(score, always), order)
 
-    def _select(self, score: Tensor, always: Tensor, valid: Tensor | None) -> BlockMask:
+    def _select(self, score: Tensor, always: Tensor) -> BlockMask:
         """The mask of the video's draft map `[B, H, g, g]` and of `always`, over all blocks."""
         pairs = score.shape[-1] ** 2
         text = always.shape[-1] - score.shape[-1]
         # Pairs with text are kept by `always` and are last to be chosen here.
         candidates = pad(score, (0, text, 0, text), value=-torch.inf) if text else score
-        kept = {"block": self.block, "always": always, "valid": valid}
+        kept = {"block": self.block, "always": always}
         if self.select == "exact":
             # 0.07 * 100 is above 7 in floating point.
             count = max(1, math.ceil(round(self.density * pairs, 6)))
@@ -136,15 +142,16 @@ def _is_region(pool: object, block: int) -> bool:
 @lru_cache(maxsize=8)
 def _always(method: DraftAttention, grid: Grid, device: torch.device) -> Tensor:
     """The blocks kept whatever the map says, bool `[nb, nb]` (query block, key block)."""
-    frames, rows, columns = regions_of(grid, method.region(grid))
-    video = frames * rows * columns
     # A cached tensor outlives the inference mode that it may have been asked for in.
     with torch.inference_mode(False):
-        block = torch.arange(video + math.ceil(grid.text / method.block), device="cpu")
-        frame = torch.where(block < video, block // (rows * columns), frames)
-        always = (block >= video)[:, None] | (block >= video) | (frame < method.sink_frames)
+        order = region_order(grid, method.region(grid), torch.device("cpu"))
+        frames = by_video_block(order // grid.frame_tokens, grid, method.block)
+        first, last = frames.aminmax(dim=1)
+        always, count = text_blocks(grid, method.block), len(first)
+        video = always[:count, :count]
+        always[:, :count] |= first < method.sink_frames
         if method.force_diagonal:
-            always |= block[:, None] == block
+            video |= torch.eye(count, dtype=torch.bool)
         if method.intra_frame:
-            always |= frame[:, None] == frame
+            video |= (first[:, None] <= last) & (first <= last[:, None])
         return always.to(device)
