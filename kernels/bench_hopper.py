@@ -38,9 +38,8 @@ from vdit_sparse.kernels.block_sparse.reference import forward as reference_forw
 
 WIDE = {"heads": 24, "tokens": 32768, "dim": 128}
 NARROW = {"heads": 16, "tokens": 45056, "dim": 64}
-OFF = {"persistent": False, "longest_first": False}
 MANY = {"persistent": True, "longest_first": True}
-LONGEST = {"persistent": False, "longest_first": True}
+LONGEST = {"longest_first": True}
 TURNS, NO_TURNS = {"pingpong": True}, {"pingpong": False}
 EVEN = [("local", 0.25), ("random", 0.25), ("local", 0.1), ("random", 0.1)]
 LARGEST_ERROR = {"bf16": 7e-3, "int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
@@ -70,10 +69,9 @@ class Form:
 
 def forms(groups: list[str]) -> list[Form]:
     """Every form of the groups asked for."""
-    # As they are, bf16 forms are persistent, longest first, those of D = 64 with turns; those of 8
-    # bits are not, and `int8_fp8` has turns.
-    wide = [{}, OFF, LONGEST, TURNS, {"longest_first": False}]
-    narrow = [{}, OFF | NO_TURNS, OFF, LONGEST, NO_TURNS]
+    # As it is, `int8_fp8` has turns.
+    wide = [{}, LONGEST, MANY, MANY | TURNS, {"persistent": True}]
+    narrow = [{}, TURNS, MANY, MANY | TURNS]
     eight = [{}, LONGEST, MANY, MANY | NO_TURNS]
     bf16_values = [{}, LONGEST, MANY, MANY | TURNS]
     paired = {"consumers": 2, "registers": None, "paired": True, "lone": False}

@@ -77,10 +77,6 @@ PAIRS = {128: Variant(2, 128, 2), 64: Variant(2, 128, 3)}
 SINGLES = {128: Variant(1, 64, 3, registers=128), 64: Variant(1, 128, 2, registers=128)}
 # What was faster where it was measured, all without masked slots: (D, blocks, precision) -> form.
 FASTER = {
-    (128, (128, 128), "bf16"): Variant(2, 128, 2, persistent=True, longest_first=True),
-    (64, (128, 128), "bf16"): Variant(
-        2, 128, 3, persistent=True, pingpong=True, longest_first=True
-    ),
     # As fast as one stage of 128 keys on even lists, and 3 % faster on ragged ones.
     (128, (64, 128), "bf16"): Variant(1, 128, 2, lone=True, registers=128),
     (128, (128, 128), "int8_fp8"): Variant(2, 128, 3, pingpong=True),
