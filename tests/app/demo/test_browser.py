@@ -69,6 +69,7 @@ def test_compare_wipe_and_difference(open_page):
     page = open_page()
     tab(page, "Compare")
     choose_tiny(page, "compare", ["radial", "draft"])
+    page.locator("#size input").fill("64x256")
     page.locator("#start-compare").click()
     page.wait_for_selector(DONE.format("compare"))
     expect(page.locator("studio-player canvas")).to_have_count(3)
@@ -87,7 +88,7 @@ def test_compare_wipe_and_difference(open_page):
     page.get_by_label("Second video").select_option("2")
     line = page.get_by_role("slider", name="Wipe")
     half = pixels(page, "studio-player canvas")
-    width = 4 * 64
+    width = 4 * 256
     assert half[: width // 2] == side[0][: width // 2]
     assert half[width // 2 : width] == side[1][width // 2 : width]
     screen = page.locator(".st-screen")
@@ -105,18 +106,19 @@ def test_look_inside(open_page):
     page = open_page()
     tab(page, "Look inside")
     choose_tiny(page, "inspect", ["draft"])
+    page.locator("#size input").fill("64x256")
     page.locator("#start-inspect").click()
     page.wait_for_selector("studio-inspect[data-ready=yes]")
     expect(page.locator(".st-frames canvas")).to_have_count(3)
     page.locator(".st-frames canvas").nth(1).hover(position={"x": 2, "y": 2})
     said = page.locator("studio-inspect .st-views p")
-    # 2 x 4 tokens a frame.
-    expect(said).to_contain_text("Token 8 (frame 1, y 0, x 0) sees ")
+    # 4 x 16 tokens a frame.
+    expect(said).to_contain_text("Token 64 (frame 1, y 0, x 0) sees ")
     # The same by keys: one to the right, one down, one frame back.
     page.locator(".st-frames").focus()
     for key in ("ArrowRight", "ArrowDown", "PageUp"):
         page.keyboard.press(key)
-    expect(said).to_contain_text("Token 5 (frame 0, y 1, x 1) sees ")
+    expect(said).to_contain_text("Token 17 (frame 0, y 1, x 1) sees ")
     # Draft gathers the tokens of a region: both maps start in that order, of three blocks a side.
     captions, order = page.locator(".st-maps figcaption"), page.get_by_label("Order of both maps")
     expect(captions).to_have_text([re.compile("in the method's order$")] * 2)
@@ -124,13 +126,11 @@ def test_look_inside(open_page):
     assert page.locator(".st-map").evaluate_all(sides) == [3, 3]
     page.locator(".st-map").first.hover(position={"x": 5, "y": 5})
     expect(said).to_contain_text(re.compile(r"blocks 0 and 0: attention 0\.\d"))
-    # In that of the video they have one block, which holds all.
     order.get_by_role("button", name="The video's order").click()
     expect(captions).to_have_text([re.compile("in the order of the video$")] * 2)
     expect(said).not_to_contain_text("attention")
-    assert page.locator(".st-map").evaluate_all(sides) == [1, 1]
     page.locator(".st-map").last.hover(position={"x": 5, "y": 5})
-    expect(said).to_contain_text("blocks 0 and 0: attention 1.0000")
+    expect(said).to_contain_text(re.compile(r"blocks 0 and 0: attention 0\.\d"))
     page.get_by_role("button", name="layer 1, head 1").click()
     expect(page.get_by_label("Head", exact=True)).to_have_value("1")
     page.get_by_role("button", name="Order of the tokens").click()

@@ -28,14 +28,14 @@ def made(desk: Desk, kind: str, form: dict, seconds: float = 60.0) -> Job:
 
 def test_look_inside_keeps_what_inspect_found(studio):
     desk = Desk(studio)
-    form = {**FORM, "runs": ["draft:block=64,dense_steps=1"], "size": "64x64", "steps": 3}
+    form = {**FORM, "runs": ["draft:block=64,dense_steps=1"], "size": "64x256", "steps": 3}
     first = made(desk, "generate", form)
     job = made(desk, "inspect", {**form, "maps_steps": 2, "maps_layers": 1})
     card, folder = desk.store.card(WHO, job.name), desk.store.folder(WHO, job.name)
     # The video of the former run, not a new one.
     old = desk.store.folder(WHO, first.name) / "draft.mp4"
     assert (folder / "video.mp4").read_bytes() == old.read_bytes()
-    assert card["kind"] == "inspect" and card["grid"] == [3, 4, 4, 0]
+    assert card["kind"] == "inspect" and card["grid"] == [3, 4, 16, 0]
     assert card["measured"] == [0, 2] and [look["layer"] for look in card["looks"]] == [1, 1]
     assert np.shape(card["tables"]["recall"]) == (2, 2, 2)
     assert [step for step, _ in card["densities"]] == [0, 1, 2]

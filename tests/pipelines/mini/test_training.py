@@ -8,6 +8,7 @@ from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from tests.pipelines.mini.toys import SHAPE, published_st_lpips, randomise
+from vdit_sparse.pipelines.load import default_dtype
 from vdit_sparse.pipelines.mini.training import train
 from vdit_sparse.pipelines.mini.training.attention_speed import fastest_attention
 from vdit_sparse.pipelines.mini.training.checkpoints import (
@@ -206,7 +207,8 @@ def test_reports_have_what_a_number_needs_beside_it(trained):
     train.main([*words, "--steps", "4"])
     timed = json.loads((trained.folder / "time.json").read_text())
     assert len(timed["seconds"]) == 2 and min(timed["seconds"]) > 0
-    assert "| 5 x 32 x 64 | 1 | 4 |" in timed["markdown"]
+    kind = str(default_dtype(torch.device("cpu"))).removeprefix("torch.")
+    assert f"| 5 x 32 x 64 | {kind} | 1 | 4 |" in timed["markdown"]
     assert timed["command"].endswith(f" time {' '.join(words[1:])} --steps 4")
     assert {"machine", "torch", "triton", "commit"} <= set(timed)
     structure = json.loads((trained.folder / "structure-5-frames.json").read_text())
