@@ -13,7 +13,7 @@ import gradio as gr
 from gradio.components import Component
 
 from vdit_sparse.app.demo.api import add_api
-from vdit_sparse.app.demo.desk import Desk
+from vdit_sparse.app.demo.desk import EXAMPLES, Desk
 from vdit_sparse.app.demo.models import BUNDLED_NAME
 from vdit_sparse.app.demo.routes import owner_in
 from vdit_sparse.app.demo.worker import in_words
@@ -35,7 +35,8 @@ ANSWERED = "(answer) => studio.answer('%s', answer)"
 FAILED = "() => studio.answer('%s', '')"
 METHODS = '<studio-methods kind="{}" most="{}"></studio-methods>'
 NO_COOKIE = "This browser sends no cookies. Allow them here: they say which runs are yours."
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+# The page's own events: answered at once, whatever waits in Gradio's queue.
+QUIET = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 
 
 def build_page(desk: Desk) -> gr.Blocks:
@@ -72,7 +73,7 @@ def _element(html: str, **options) -> gr.HTML:
 def _what(desk: Desk, page: gr.Blocks) -> list[Component]:
     """The inputs that all runs share, in the order of `ENTRIES`."""
     limits = desk.studio.limits
-    prompt = gr.Textbox(label="Prompt", lines=3, max_lines=8, elem_id="prompt")
+    prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=3, max_lines=8, elem_id="prompt")
     _element("<studio-examples></studio-examples>")
     model = gr.Dropdown(
         [BUNDLED_NAME], value=BUNDLED_NAME, label="Model", elem_id="model", allow_custom_value=True
@@ -167,7 +168,7 @@ def _tab(desk: Desk, kind: str, title: str, inputs: list[Component], own: str) -
             return json.dumps({"error": in_words(error)})
         return json.dumps({"name": job.name})
 
-    sent = start.click(submit, [*inputs, runs], [answer], js=RUNS % kind, queue=False, **QUIET)
+    sent = start.click(submit, [*inputs, runs], [answer], js=RUNS % kind, **QUIET)
     sent.success(None, [answer], None, js=ANSWERED % kind)
     sent.failure(None, None, None, js=FAILED % kind)
 

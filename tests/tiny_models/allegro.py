@@ -34,10 +34,10 @@ def text_to_video() -> Tiny:
         transformer=transformer.eval(),
         scheduler=DDIMScheduler(),
     )
-    # 6 x 8 x 16 tokens: fewer frames than a tile has are not decoded.
+    # 6 x 8 x 16 tokens: what is smaller than a tile in any direction is not decoded.
     call = {**CALL, "height": 128, "width": 256, "num_frames": 24, "max_sequence_length": 16}
     call |= {"negative_prompt": "bad", "guidance_scale": 6.0, "clean_caption": False}
-    return Tiny(pipe, call, odd={"height": 80, "width": 112, "num_frames": 12})
+    return Tiny(pipe, call, odd={"height": 128, "width": 144, "num_frames": 24})
 
 
 TINY = {"allegro": text_to_video}

@@ -36,7 +36,7 @@ def text_to_video() -> Tiny:
     # 4 x 8 x 16 tokens and 24 of text.
     call = {**CALL, "height": 128, "width": 256, "num_frames": 19, "max_sequence_length": 24}
     call |= {"negative_prompt": "bad", "guidance_scale": 4.5}
-    return Tiny(pipe, call, odd={"height": 80, "width": 112, "num_frames": 13})
+    return Tiny(pipe, call, odd={"height": 80, "width": 112, "num_frames": 7})
 
 
 TINY = {"mochi": text_to_video}

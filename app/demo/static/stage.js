@@ -135,7 +135,9 @@ class Live {
     } else if (job.preview.url !== this.url) {
       this.url = job.preview.url;
       const image = new Image();
-      image.onload = () => { if (image.src !== this.url) return; this.image = image; this.size = job.preview; this.canvas.hidden = false; this.draw(); };
+      const order = this.asked = (this.asked ?? 0) + 1;
+      // Where steps come faster than pictures load, each is late, and still the newest there is.
+      image.onload = () => { if (!this.url || order < this.drawn) return; Object.assign(this, { image, size: job.preview, drawn: order }); this.canvas.hidden = false; this.draw(); };
       image.src = this.url;
     }
   }

@@ -174,8 +174,6 @@ class StudioExamples extends HTMLElement {
   async connectedCallback() {
     const { examples } = await studio.known().catch(() => ({ examples: [] }));
     this.replaceChildren(...examples.map((text) => studio.h("button", { class: "st-chip", title: text, onclick: () => studio.type("prompt", text) }, text)));
-    const field = document.querySelector("#prompt textarea");
-    if (field && !field.value) studio.type("prompt", examples[0]);
   }
 }
 

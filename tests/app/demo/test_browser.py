@@ -52,6 +52,8 @@ def test_cancel_and_reload_while_it_runs(open_page, served):
     choose_tiny(page, "generate", ["radial"])
     page.locator("#steps input[type=number]").fill("100")
     page.keyboard.press("Tab")
+    # So long that it is still running when the second page is there.
+    page.locator("#size input").fill("256x512")
     page.locator("#frames input[type=number]").fill("81")
     page.keyboard.press("Tab")
     page.locator("#start-generate").click()

@@ -17,7 +17,7 @@ from gradio_client.exceptions import AppError
 
 from tests.app.demo.conftest import FORM, running, until
 from vdit_sparse.app.demo import worker
-from vdit_sparse.app.demo.desk import Desk
+from vdit_sparse.app.demo.desk import EXAMPLES, Desk
 from vdit_sparse.app.demo.gate import COOKIE
 from vdit_sparse.app.demo.limits import Limits
 from vdit_sparse.app.demo.store import new_name, owner_of
@@ -96,6 +96,13 @@ def test_the_page_asks_nobody_else(served, user):
     for name in ("studio.js", "studio.css", "elements.css", "player.js"):
         text = user.get(f"/studio/static/{name}").text
         assert len(text) > 500 and "http://" not in text and "https://" not in text
+
+
+def test_the_prompt_is_there_whatever_of_the_page_comes_late(user):
+    """The page's scripts once filled it, and found no field where that came after them."""
+    parts = user.get("/config").json()["components"]
+    prompt = next(part["props"] for part in parts if part["props"].get("elem_id") == "prompt")
+    assert prompt["value"] == EXAMPLES[0]
 
 
 def test_the_gate(studio):
