@@ -95,12 +95,10 @@ class DraftAttention(SparseAttention):
     def draft_map(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
         """Logarithm of the draft map for q, k `[B, H, S, D]`: fp32 `[B, H, g, g]`, the blocks of
         queries and keys that hold video alone, in the order of `orders.region_order`."""
-        order, count = (
-            region_order(grid, self.region(grid), q.device),
-            video_blocks(grid, self.block),
-        )
+        count = video_blocks(grid, self.block)
         if count == 0:
             return q.new_empty(*q.shape[:2], 0, 0, dtype=torch.float32)
+        order = region_order(grid, self.region(grid), q.device)
         video = order[: min(count * self.block, grid.video)]
         q, k = (pool_blocks(x, self.block, order=video) for x in (q, k))
         logits = (q * q.shape[-1] ** -0.5) @ k.mT
