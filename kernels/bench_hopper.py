@@ -74,12 +74,10 @@ def forms(groups: list[str]) -> list[Form]:
     narrow = [{}, TURNS, MANY, MANY | TURNS]
     eight = [{}, LONGEST, MANY, MANY | NO_TURNS]
     bf16_values = [{}, LONGEST, MANY, MANY | TURNS]
-    paired = {"consumers": 2, "registers": None, "paired": True, "lone": False}
     found = [_form("wide", 128, changes=change) for change in wide]
     found += [_form("narrow", 64, changes=change) for change in narrow]
     found += [_form("rows", 128, blocks) for blocks in ((64, 128), (64, 64), (128, 64))]
     found += [_form("rows", 128, (128, 64), changes=MANY)]
-    found += [_form("rows", 128, (64, 128), changes=paired | {"stages": 3})]
     found += [_form("eight", 128, precision="int8_fp8", changes=change) for change in eight]
     found += [_form("eight", 128, precision="int8_bf16", changes=change) for change in bf16_values]
     found += [_form("eight", 64, precision="int8_fp8")]

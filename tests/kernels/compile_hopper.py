@@ -20,7 +20,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from vdit_sparse.kernels.block_sparse.hopper.kernel import hopper_forward
-from vdit_sparse.kernels.block_sparse.hopper.pairs import paired_forward
 from vdit_sparse.kernels.block_sparse.hopper.variants import Variant, variant_for
 
 NUMBERS = {"bf16": gl.bfloat16, "fp16": gl.float16, "i8": gl.int8, "fp8e4nv": gl.float8e4nv}
@@ -45,14 +44,7 @@ class Build:
         chosen = variant_for(self.D, self.blocks, self.precision, self.ends == "valid")
         return replace(chosen, **dict(self.changes))
 
-    @property
-    def kernel(self):
-        return paired_forward if self.variant.paired else hopper_forward
 
-
-PAIRED = (("consumers", 2), ("registers", None), ("paired", True))
-WIDE = (*PAIRED, ("lone", False), ("stages", 3))
-THIN = (*PAIRED, ("stages", 6))
 NARROW = (("keys", 64), ("stages", 3), ("lone", False))
 LONE = (("stages", 2), ("lone", True))
 ENDS = ("whole", "kv_len", "valid")
@@ -68,7 +60,7 @@ def builds(quick: bool) -> list[Build]:
             Build(ends="kv_len"),
             Build(blocks=(64, 128)),
             Build(D=64, precision="int8_fp8"),
-            Build(blocks=(64, 128), changes=WIDE),
+            Build(changes=MANY),
         ]
     every = [(128, 128), (128, 64), (64, 128), (64, 64)]
     found = [Build(D, blocks) for D in (64, 128) for blocks in every]
@@ -95,8 +87,6 @@ def builds(quick: bool) -> list[Build]:
         Build(ends="valid", changes=MANY),
     ]
     found += [Build(D=64, blocks=(64, 128), changes=LONE), Build(blocks=(64, 128), changes=NARROW)]
-    found += [Build(D, (64, 128), changes=WIDE, ends=e) for D in (64, 128) for e in ENDS[:2]]
-    found += [Build(D, (64, 64), changes=THIN) for D in (64, 128)]
     for names in (("emulate",), ("emulate", "persistent")):
         found += [Build(precision="int8_fp8", changes=tuple((name, True) for name in names))]
     return found + [Build(changes=(("keys", 64), ("stages", 4)))]
@@ -138,9 +128,9 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _source(build: Build) -> GluonASTSource:
-    variant, names = build.variant, build.kernel.arg_names
+    variant, names = build.variant, hopper_forward.arg_names
     constants = {"D": build.D, "BLOCK_Q": build.blocks[0], "BLOCK_K": build.blocks[1]}
-    constants = {name: x for name, x in (constants | variant.constants).items() if name in names}
+    constants |= variant.constants
     absent = {
         "q_scale_ptr": build.precision == "bf16",
         "k_scale_ptr": build.precision == "bf16",
@@ -152,11 +142,11 @@ def _source(build: Build) -> GluonASTSource:
         "taken_ptr": not variant.persistent,
         "skips_ptr": not build.skips,
     }
-    constants |= {name: None for name, is_absent in absent.items() if is_absent and name in names}
+    constants |= {name: None for name, is_absent in absent.items() if is_absent}
     signature = {name: _type(name, build) for name in names} | dict.fromkeys(constants, "constexpr")
     aligned = [(names.index(n),) for n in names if n.endswith("_ptr") and n not in constants]
     return GluonASTSource(
-        build.kernel,
+        hopper_forward,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
         dict.fromkeys(aligned, [["tt.divisibility", 16]]),

@@ -4,7 +4,7 @@ from types import FunctionType, SimpleNamespace
 
 import torch
 
-from vdit_sparse.kernels.block_sparse.hopper import kernel, pairs, parts, steps
+from vdit_sparse.kernels.block_sparse.hopper import kernel, parts, steps
 
 ROUNDED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
@@ -196,7 +196,7 @@ class Descriptor:
         self.x[there] = box[here].to(self.x.dtype)
 
 
-def sources(machine, entry: str) -> dict:
+def sources(machine) -> dict:
     """The functions of the kernel, with this machine in place of Gluon."""
     names = {
         "gl": _language(machine),
@@ -212,7 +212,7 @@ def sources(machine, entry: str) -> dict:
         "warpgroup_mma": machine.product,
         "warpgroup_mma_wait": machine.product_wait,
     }  # fmt: skip
-    for module in (parts, steps, pairs if entry == "paired_forward" else kernel):
+    for module in (parts, steps, kernel):
         for name, thing in vars(module).items():
             if hasattr(thing, "fn"):
                 code = thing.fn

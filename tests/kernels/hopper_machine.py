@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 
 from tests.kernels.hopper_gluon import Buffer, Descriptor, pointer, sources, value
-from vdit_sparse.kernels.block_sparse.hopper import kernel, launch, pairs
+from vdit_sparse.kernels.block_sparse.hopper import kernel, launch
 
 GARBAGE = 77
 AT_ONCE = 3  # programs that run at a time
@@ -73,12 +73,12 @@ class Worker:
 class Machine:
     """What the kernel's names stand for while one program runs."""
 
-    def __init__(self, entry, program, programs, seed):
+    def __init__(self, program, programs, seed):
         self.random = random.Random(seed)
         self.control, self.stopped, self.current = threading.Semaphore(0), False, None
         self.copies, self.buffers, self.place = [], [], (program, programs)
         self.speed, self.workers, self.outputs = self.random.random() ** 4, [], 0
-        self.names = sources(self, entry)
+        self.names = sources(self)
 
     def specialize(self, groups, warps, registers):
         """Starts the warp groups, which then wait for their turns."""
@@ -194,12 +194,12 @@ class Machine:
 class Launcher:
     """Stands in for the compiled kernel: `launcher[grid](*arguments, **constants)`."""
 
-    def __init__(self, compiled, seed):
-        self.compiled, self.seed = compiled, seed
+    def __init__(self, seed):
+        self.seed = seed
 
     def __getitem__(self, grid):
         def run(*arguments, num_warps, maxnreg=None, **constants):
-            names, entry = self.compiled.arg_names, self.compiled.fn.__name__
+            names = kernel.hopper_forward.arg_names
             given = dict(zip(names, arguments, strict=False)) | constants
             for name, x in given.items():
                 if name.endswith("_desc"):
@@ -214,9 +214,9 @@ class Launcher:
                 while waiting or running:
                     if waiting and len(running) < AT_ONCE:
                         program = waiting.popleft()
-                        running.append(Machine(entry, program, grid[0], self.seed + program))
+                        running.append(Machine(program, grid[0], self.seed + program))
                         self.machines.append(running[-1])
-                        running[-1].names[entry](**given)
+                        running[-1].names["hopper_forward"](**given)
                         continue
                     (machine,) = chance.choices(running, [one.speed for one in running])
                     machine.move()
@@ -233,8 +233,7 @@ class Launcher:
 def attend_here(monkeypatch, seed=0, multiprocessors=2):
     """From here on `launch` and `launch_skipping` compute in this process, on the CPU; what runs
     the kernel, with the `machines` of its last call."""
-    launcher = Launcher(kernel.hopper_forward, seed)
+    launcher = Launcher(seed)
     monkeypatch.setattr(launch, "hopper_forward", launcher)
-    monkeypatch.setattr(launch, "paired_forward", Launcher(pairs.paired_forward, seed))
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
     return launcher

@@ -36,7 +36,7 @@ def test_every_form_has_a_line():
     every = forms(GROUPS)
     assert len(set(every)) == len(every) and {form.group for form in every} == set(GROUPS)
     for form in every:
-        assert form.blocks[0] << form.variant.paired == form.variant.rows
+        assert form.blocks[0] == form.variant.rows
         assert form.blocks[1] % form.variant.keys == 0
         place = {"pattern": "local", "density": 0.25}
         row = (

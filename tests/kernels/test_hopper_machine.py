@@ -167,31 +167,6 @@ def test_skipping(name, threshold, persistent, monkeypatch):
         assert_attention((out, lse), q, k, v, mask, kv_len)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("stages", [1, 2, 3])
-def test_pairs_keep_their_protocol(stages, seed, monkeypatch):
-    """Lists that share all, some or no blocks, and empty ones."""
-    attend_here(monkeypatch, seed)
-    q, k, v, mask = uneven(64)
-    if seed == 0:
-        keep = torch.rand(14, 7).argsort(1) < 4
-        keep[1::2] = keep[::2] ^ (torch.rand(7, 7) < 0.1)
-        mask = BlockMask.from_keep(keep, (64, 128))
-    form = Variant(2, 128, stages, paired=True)
-    assert_attention(launch(q, k, v, mask, 0.125, None, "bf16", form), q, k, v, mask)
-
-
-@pytest.mark.parametrize("name", ["query blocks of 64", "blocks of 64, D of 128", "padded"])
-def test_pairs_match_float64(name, poisoned, monkeypatch):
-    attend_here(monkeypatch)
-    blocks = CASES[name].block if name != "padded" else (64, 128)
-    case = replace(CASES[name], dtype=torch.bfloat16, block=blocks, D=128)
-    q, k, v, mask, kv_len = make(case, torch.device("cpu"))
-    form = Variant(2, mask.block_k, 3, paired=True)
-    result = launch(q, k, v, mask, 128**-0.5, kv_len, "bf16", form)
-    assert_attention(result, q, k, v, mask, kv_len)
-
-
 def test_emulated_exponentials_are_exponentials():
     x = torch.cat([torch.linspace(-130, 9, 4000), torch.tensor([0.0, -0.5, 0.5, -torch.inf])])
     asm = (parts.THREE_OF_FOUR.value, "=&f,=&f,=&f,=&f,f,f,f,f")

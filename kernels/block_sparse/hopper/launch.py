@@ -11,7 +11,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse.hopper.kernel import hopper_forward
 from vdit_sparse.kernels.block_sparse.hopper.order import longest_first
-from vdit_sparse.kernels.block_sparse.hopper.pairs import paired_forward
 from vdit_sparse.kernels.block_sparse.hopper.variants import Variant
 from vdit_sparse.kernels.block_sparse.layout import (
     all_tiles,
@@ -92,9 +91,6 @@ def attend(
     each tile left out adds 1, or None: none is."""
     (q, k, v), scales = inputs
     B, H, S, D = out.shape
-    if variant.paired:
-        attend_pairs(inputs, out, lse, mask, scale, kv_len, variant, keys)
-        return
     transposed = v.dtype == torch.float8_e4m3fn
     tiles = B * H * -(-S // variant.rows)
     idx = mask.idx if mask.idx.stride(-1) == 1 else mask.idx.contiguous()
@@ -107,30 +103,6 @@ def attend(
             skips, *shared_strides(idx), *shared_strides(mask.cnt), H, S, keys, mask.nk, tiles,
             scale, log2(skip_threshold), D=D, BLOCK_Q=mask.block_q, BLOCK_K=mask.block_k,
             **variant.constants, **variant.options,
-        )  # fmt: skip
-
-
-def attend_pairs(
-    inputs: tuple, out: Tensor, lse: Tensor, mask: BlockMask, scale: float, kv_len: Tensor | None,
-    variant: Variant, keys: int,
-) -> None:  # fmt: skip
-    """`attend` by pairs of query blocks. Raises ValueError for what this form does not know."""
-    (q, k, v), scales = inputs
-    B, H, S, D = out.shape
-    blocks = (mask.block_q, mask.block_k)
-    if scales[0] is not None or mask.valid is not None or blocks != (64, variant.keys):
-        raise ValueError(
-            f"paired is for bf16, masks without `valid` and blocks of 64 x {variant.keys}, got "
-            f"blocks of {blocks}: use another form."
-        )
-    idx = mask.idx if mask.idx.stride(-1) == 1 else mask.idx.contiguous()
-    with torch.cuda.device_of(q):
-        paired_forward[(B * H * -(-S // variant.rows),)](
-            descriptor(q, 64, D), descriptor(k, variant.keys, D), descriptor(v, variant.keys, D),
-            descriptor(out, 64, D), lse, idx, mask.cnt, kv_len, None, *shared_strides(idx),
-            *shared_strides(mask.cnt), H, S, keys, mask.nk, scale, D=D, BLOCK_K=mask.block_k,
-            STAGES=variant.stages, REGISTERS=240, PRODUCER_REGISTERS=variant.producer_registers,
-            **variant.options,
         )  # fmt: skip
 
 

@@ -12,8 +12,7 @@ class Variant:
     """One way to compile and launch the kernel.
 
     consumers: warpgroups of 64 queries each, 1 or 2; keys: keys of a step, tokens; stages: tiles of
-    keys, and of values, in shared memory; lone: one tile of keys for two of values; paired: for
-    query blocks of 64, of which two share the keys that both list (`pairs.py`, bf16 alone).
+    keys, and of values, in shared memory; lone: one tile of keys for two of values;
     persistent: as many programs as fit the GPU, each of which takes tile after tile from a common
     counter and loads the next tile's queries early; pingpong: consumers start their products in
     turns; emulate: every fourth exponential on the FMA units; longest_first: tiles of a head by
@@ -26,7 +25,6 @@ class Variant:
     keys: int
     stages: int
     lone: bool = False
-    paired: bool = False
     persistent: bool = False
     pingpong: bool = False
     emulate: bool = False
@@ -37,8 +35,6 @@ class Variant:
     def __post_init__(self):
         if self.lone and self.stages != 2:
             raise ValueError(f"lone needs stages=2, got {self}.")
-        if self.paired and replace(self, paired=False) != Variant(2, self.keys, self.stages):
-            raise ValueError(f"paired is for two consumers and no other field, got {self}.")
 
     @property
     def rows(self) -> int:
