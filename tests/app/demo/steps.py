@@ -14,6 +14,16 @@ def choose_tiny(page, kind: str, methods: list[str]) -> None:
         form.get_by_label("block", exact=True).select_option("64")
 
 
+def start_long(page) -> None:
+    """Starts a run in the tab Generate that is still running whatever a test does meanwhile."""
+    choose_tiny(page, "generate", ["radial"])
+    page.locator("#size input").fill("256x512")
+    for name, count in (("steps", 100), ("frames", 81)):
+        page.locator(f"#{name} input[type=number]").fill(str(count))
+        page.keyboard.press("Tab")
+    page.locator("#start-generate").click()
+
+
 def tab(page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 

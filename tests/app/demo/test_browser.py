@@ -9,7 +9,7 @@ import re
 import pytest
 
 from tests.app.demo.conftest import LONG
-from tests.app.demo.steps import choose_tiny, pixels, tab
+from tests.app.demo.steps import choose_tiny, pixels, start_long, tab
 
 expect = pytest.importorskip("playwright.sync_api").expect
 expect.set_options(timeout=LONG)
@@ -49,14 +49,7 @@ def test_generate_reload_and_open_again(open_page):
 
 def test_cancel_and_reload_while_it_runs(open_page, served):
     page = open_page()
-    choose_tiny(page, "generate", ["radial"])
-    page.locator("#steps input[type=number]").fill("100")
-    page.keyboard.press("Tab")
-    # So long that it is still running when the second page is there.
-    page.locator("#size input").fill("256x512")
-    page.locator("#frames input[type=number]").fill("81")
-    page.keyboard.press("Tab")
-    page.locator("#start-generate").click()
+    start_long(page)
     page.wait_for_function("/step [1-9]\\d* of 100/.test(document.body.innerText)")
     page.wait_for_selector(".st-preview:not([hidden])")
     other = open_page(page.context)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from tests.app.demo.conftest import FORM, LONG, until
-from tests.app.demo.steps import choose_tiny, tab
+from tests.app.demo.steps import choose_tiny, start_long, tab
 from vdit_sparse.app.demo import bench
 from vdit_sparse.app.demo.gate import COOKIE
 from vdit_sparse.app.demo.store import owner_of
@@ -172,10 +172,7 @@ def test_every_control_has_a_name_and_can_be_reached_by_keys(open_page, served):
 
 def test_escape_in_an_open_list_cancels_nothing(open_page, served):
     page = open_page()
-    choose_tiny(page, "generate", ["radial"])
-    page.locator("#steps input[type=number]").fill("100")
-    page.keyboard.press("Tab")
-    page.locator("#start-generate").click()
+    start_long(page)
     page.wait_for_selector(".st-live")
     page.locator("#dtype input").click()
     page.keyboard.press("Escape")
