@@ -1,7 +1,6 @@
 """A schedule for one model and size, found on a few prompts: `vdit-sparse tune`."""
 
 import shlex
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,21 +104,22 @@ def tune(request: TuneRequest, progress: Progress) -> list[str]:
     pipe, settings = opened(request.model, progress)
     same = {name: getattr(request, name) for name in ("search", "effects", "rounds", "batch")}
     prompts = request.prompts, request.seeds
-    began = time.time()
+    every = []
     try:
-        every = tune_each(pipe, *prompts, request.targets, tell=progress, **same, **settings)
+        for found in tune_each(pipe, *prompts, request.targets, tell=progress, **same, **settings):
+            every.append(found)
     except OutOfReach as error:
-        raise InputError(f"{error} {_left(request, began)}") from error
+        raise InputError(f"{error} {_left(request, len(every))}") from error
     except Exception as error:
-        raise RunFailed(f"{type(error).__name__}: {error} ({_left(request, began)})") from error
+        raise RunFailed(
+            f"{type(error).__name__}: {error} ({_left(request, len(every))})"
+        ) from error
     return [line for found in every for line in _lines(request, found)]
 
 
-def _left(request: TuneRequest, began: float) -> str:
-    """Which files were not written since then."""
-    missing = [
-        str(file) for file in request.targets if not file.exists() or file.stat().st_mtime < began
-    ]
+def _left(request: TuneRequest, written: int) -> str:
+    """Which files are missing after the first `written`."""
+    missing = [str(file) for file in list(request.targets)[written:]]
     return f"{', '.join(missing)} {'was' if len(missing) == 1 else 'were'} not written."
 
 

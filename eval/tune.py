@@ -11,7 +11,7 @@
 
 import itertools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -59,7 +59,8 @@ def tune(
     **options,
 ) -> Tuned:
     """`tune_each` for one target and one file."""
-    return tune_each(pipe, prompts, seeds, {out: target}, **options)[0]
+    (found,) = tune_each(pipe, prompts, seeds, {out: target}, **options)
+    return found
 
 
 def tune_each(
@@ -74,9 +75,9 @@ def tune_each(
     batch: int = 1,
     tell: Tell = lambda *_: None,
     **settings,
-) -> list[Tuned]:
-    """Finds a schedule for each target on every prompt with every seed, and writes it as a
-    calibration of `TunedAttention` as soon as it is found; heads and effects are measured once.
+) -> Iterator[Tuned]:
+    """Finds a schedule for each target on every prompt with every seed; heads and effects are
+    measured once. Yields each when it is written as a calibration of `TunedAttention`.
 
     targets: file -> target. effects: "head", "layer" or "none", see `weights`; None is "head" up to
     100 heads, else "layer". rounds: for each target. batch: samples that run at once, but for the
@@ -97,7 +98,7 @@ def tune_each(
             file = Path(folder) / "measured.safetensors"
             measured = _measure(pipe, search, prompts, seeds, file, settings, tell)
             problem = Problem(samples, measured, samples.latents(None))
-            return _solve_all(problem, targets, effects, rounds, tell)
+            yield from _solve_all(problem, targets, effects, rounds, tell)
     finally:
         remove(pipe)
 
@@ -133,15 +134,14 @@ def _measure(pipe, search, prompts, seeds, file: Path, settings: dict, tell: Tel
 
 def _solve_all(
     problem: Problem, targets: Mapping[str | Path, Target], effects, rounds: int, tell: Tell
-) -> list[Tuned]:
+) -> Iterator[Tuned]:
     """The schedule of each target, each written to its file as soon as it is found."""
     goals = {out: _goal(problem, target) for out, target in targets.items()}
-    weight, every = _weigh(problem, effects, tell), []
+    weight = _weigh(problem, effects, tell)
     for out, target in targets.items():
         found = _solve(problem, target, goals[out], weight, rounds, tell)
         asked = {"target": asdict(target), "effects": effects, "rounds": rounds}
-        every.append(_saved(found, out, asked))
-    return every
+        yield _saved(found, out, asked)
 
 
 def _goal(problem: Problem, target: Target) -> Goal | None:

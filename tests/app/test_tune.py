@@ -104,6 +104,22 @@ def test_several_densities_are_files_of_one_search(cli, words, tmp_path):
     assert again.exit_code == 2 and "--density has the same number twice" in lines_of(again)[-1]
 
 
+def test_what_was_found_before_a_fault_stays(cli, words, tmp_path, monkeypatch):
+    from vdit_sparse.eval import tune
+
+    def full(found):
+        if "x-0.8" in str(found.path):
+            raise OSError("No space left on device")
+        save(found)
+
+    save = tune.save
+    monkeypatch.setattr(tune, "save", full)
+    result = cli(*words, "--density", 0.8)
+    assert result.exit_code == 1 and (tmp_path / "new" / "x-0.6.safetensors").exists()
+    said = " ".join(result.stderr.split())
+    assert re.search(r"No space left on device \(\S+x-0\.8\.safetensors was not written\.", said)
+
+
 def test_a_psnr_is_reached(cli, words, tmp_path, monkeypatch):
     monkeypatch.setattr("vdit_sparse.eval.tune_problem.HALVINGS", 1)
     at = words.index("--density")

@@ -33,9 +33,8 @@ def block_of_tokens(method, grid):
     y, x = place // grid.width, place % grid.width
     row, column = y // height, x // width
     partial = ((row + 1) * height > grid.height) | ((column + 1) * width > grid.width)
-    keys = zip(*(each.tolist() for each in (partial, frame, row, column, y, x)), strict=True)
+    keys = list(zip(*(each.tolist() for each in (partial, frame, row, column, y, x)), strict=True))
     places = {key: number for number, key in enumerate(sorted(keys))}
-    keys = zip(*(each.tolist() for each in (partial, frame, row, column, y, x)), strict=True)
     blocks = torch.tensor([places[key] // method.block for key in keys])
     if grid.text:
         blocks[blocks >= grid.video // method.block] = -1

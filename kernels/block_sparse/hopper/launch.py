@@ -1,7 +1,7 @@
 """Launching the Hopper kernel: quantisation where asked, descriptors, the grid."""
 
 from functools import cache
-from math import inf, log2
+from math import log2
 
 import torch
 from torch import Tensor
@@ -96,7 +96,8 @@ def attend(
     idx = mask.idx if mask.idx.stride(-1) == 1 else mask.idx.contiguous()
     with torch.cuda.device_of(q):
         order, taken = tile_order(mask, (B, H), variant)
-        hopper_forward[(min(tiles, programs_at_once(variant, q.device)),)](
+        programs = min(tiles, programs_at_once(variant, q.device)) if variant.persistent else tiles
+        hopper_forward[(programs,)](
             descriptor(q, 64, D), descriptor(k, variant.keys, D),
             descriptor(v, *((D, variant.keys) if transposed else (variant.keys, D))),
             descriptor(out, 64, D), *scales, lse, idx, mask.cnt, mask.valid, kv_len, order, taken,
@@ -132,10 +133,9 @@ def tile_order(
     return order, taken if variant.persistent else None
 
 
-def programs_at_once(variant: Variant, device: torch.device) -> float:
-    """How many programs a call has at most: of the persistent form, as many as the GPU runs at
-    once."""
-    return variant.programs * multiprocessors(device) if variant.persistent else inf
+def programs_at_once(variant: Variant, device: torch.device) -> int:
+    """How many programs the GPU runs at once, as many as a call of the persistent form has."""
+    return variant.programs * multiprocessors(device)
 
 
 @cache

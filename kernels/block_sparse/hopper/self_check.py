@@ -131,7 +131,7 @@ def repeats(variant: Variant, device: torch.device) -> int:
     if not variant.persistent:
         return 1
     tiles = 2 * -(-TOKENS // variant.rows)
-    return -(-3 * int(programs_at_once(variant, device)) // tiles)
+    return -(-3 * programs_at_once(variant, device) // tiles)
 
 
 def repeated(
