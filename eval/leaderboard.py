@@ -21,7 +21,7 @@ from vdit_sparse.pipelines.load import load_pipeline
 from vdit_sparse.tuned import TunedAttention
 
 PAGE = Path(__file__).parent.parent / "docs" / "leaderboard.md"
-TITLES = ("method", "density of the run", "PSNR dB", "SSIM", "s a clip", "setting")
+TITLES = ("method", "density of the run", "PSNR dB", "SSIM", "setting")
 HEAD = """# Leaderboard
 
 The bundled model, {frames} frames of {height} x {width}, {steps} steps, guidance
@@ -35,8 +35,8 @@ The single methods have blocks of 64 and the first 4 steps dense; aimed at are d
 0.35, 0.25 and 0.15 of a sparse step. *tuned* is `vdit-sparse tune --density` at the density of
 the run that these have, searched on other prompts ([tune](tune.md)). ±: 95 % confidence of the
 mean over prompts. Rows are sorted by the density of the run, searches and cache steps counted at
-1; compare rows of about the same density. Seconds are of denoising, all prompts in one batch. At
-this size nothing is faster than dense attention (docs/performance.md).
+1; compare rows of about the same density. There are no times: at this size nothing is faster than
+dense attention on a GPU; at the sizes of large models see [performance](performance.md).
 """
 
 
@@ -49,8 +49,6 @@ def run_densities(steps: int) -> list[float]:
 def table(rows: list[dict]) -> str:
     """The rows as Markdown, sparsest last."""
     lines = [f"| {' | '.join(TITLES)} |", "|" + "---|" * len(TITLES)]
-    dense = [row for row in rows if row["name"] == "dense"]
-    lines += [f"| dense | 1 | | | {row['seconds']:.3f} | |" for row in dense]
     for row in sorted((row for row in rows if "density" in row), key=lambda row: -row["density"]):
         psnr, half = interval(row["psnr"])
         cells = (
@@ -58,7 +56,6 @@ def table(rows: list[dict]) -> str:
             f"{row['density']:.3f}",
             f"{psnr:.2f} ± {half:.2f}",
             f"{sum(row['ssim']) / len(row['ssim']):.3f}",
-            f"{row['seconds']:.3f}",
             "" if row["name"] == "tuned" else f"`{_setting(row['method'])}`",
         )
         lines.append(f"| {' | '.join(cells)} |")

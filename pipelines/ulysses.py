@@ -83,11 +83,17 @@ class Exchange:
     def scatter(self, x: Tensor, heads: int) -> Tensor:
         """The inverse of `gather` for one tensor; heads: how many the layer has."""
         batch, _, _, dim = x.shape
-        sizes = [(batch, sum(self._own), share, dim) for share in self._shares(heads)]
-        pieces = [views for views in self._by_process(x, 1)]
-        work, _, received = self._swap(pieces, sizes)
-        work.wait()
-        return torch.cat(_views(received, sizes), dim=2)
+        out = x.new_empty(batch, sum(self._own), heads, dim)
+        columns = out.split(self._shares(heads), 2)
+        received = [torch.empty_like(c, memory_format=torch.contiguous_format) for c in columns]
+        received[self.group.rank()] = columns[self.group.rank()]
+        works, _ = self._swap(self._by_process(x, 1), received)
+        for work in works:
+            work.wait()
+        for column, there in zip(columns, received, strict=True):
+            if there is not column:
+                column.copy_(there)
+        return out
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
         """A mask of this process's keys `[..., S_local]` as one of all, in the model's order; a
@@ -108,7 +114,8 @@ class Exchange:
         return self.tokens[self.group.rank()]
 
     def _send(self, pieces: tuple[Tensor, ...], x: Tensor) -> tuple:
-        """Sends each process its heads of x."""
+        """Begins to send each process its heads of x: the works, what is sent, and what comes, all
+        in one buffer."""
         batch, tokens, _, dim = x.shape
         rank = self.group.rank()
         if tokens != sum(self._own):
@@ -119,16 +126,20 @@ class Exchange:
             )
         own = pieces[rank].shape[2]
         sizes = [(batch, sum(tokens), own, dim) for tokens in self.tokens]
-        return *self._swap([[piece] for piece in pieces], sizes), sizes
+        counts = [math.prod(size) for size in sizes]
+        buffer = x.new_empty(sum(counts))
+        received = [x.view(size) for x, size in zip(buffer.split(counts), sizes, strict=True)]
+        return *self._swap([[piece] for piece in pieces], received), received, buffer
 
-    def _in_order(self, work: dist.Work, sent: Tensor, received: Tensor, sizes: list) -> Tensor:
+    def _in_order(self, works: list, sent: list, received: list, buffer: Tensor) -> Tensor:
         """What the processes sent as the model's sequence; what this one sent must live until it
         is gone."""
-        work.wait()
-        batch, _, heads, dim = sizes[0]
+        for work in works:
+            work.wait()
+        batch, _, heads, dim = received[0].shape
         if batch == 1 and len(self.parts) == 1:
-            return received.view(1, -1, heads, dim)
-        chunks = zip(_views(received, sizes), self.tokens, strict=True)
+            return buffer.view(1, -1, heads, dim)
+        chunks = zip(received, self.tokens, strict=True)
         apart = [chunk.split(tokens, 1) for chunk, tokens in chunks]
         return torch.cat([x for part in zip(*apart, strict=True) for x in part], dim=1)
 
@@ -137,30 +148,26 @@ class Exchange:
         apart = [part.tensor_split(self.group.size(), dim) for part in x.split(self.parts, dim)]
         return list(zip(*apart, strict=True))
 
-    def _swap(self, pieces: list, sizes: list[tuple]) -> tuple[dist.Work, Tensor, Tensor]:
-        """Begins to send each process its pieces, joined along dim 1, and to receive tensors of
-        `sizes` from them: the work, and both buffers."""
-        counts = [sum(x.numel() for x in views) for views in pieces]
-        sent = pieces[0][0].new_empty(sum(counts))
-        for views, place in zip(pieces, sent.split(counts), strict=True):
-            batch, _, *rest = views[0].shape
-            torch.cat(tuple(views), dim=1, out=place.view(batch, -1, *rest))
-        expected = [math.prod(size) for size in sizes]
-        received = sent.new_empty(sum(expected))
-        work = dist.all_to_all_single(
-            received, sent, expected, counts, group=self.group, async_op=True
-        )
-        return work, sent, received
+    def _swap(self, pieces: list, places: list[Tensor]) -> tuple[list[dist.Work], list[Tensor]]:
+        """Begins to send each process its pieces, joined along dim 1, and to receive theirs in
+        `places`, contiguous but for this process's own: the works, and what is sent. What stays
+        here is copied while the rest is on its way."""
+        rank, peers = self.group.rank(), dist.get_process_group_ranks(self.group)
+        sent, swaps = [], []
+        for to, peer in enumerate(peers):
+            if to != rank:
+                sent.append(torch.cat(tuple(pieces[to]), dim=1))
+                swaps.append(dist.P2POp(dist.isend, sent[-1], peer, self.group))
+                swaps.append(dist.P2POp(dist.irecv, places[to], peer, self.group))
+        works = dist.batch_isend_irecv(swaps)
+        lengths = [piece.shape[1] for piece in pieces[rank]]
+        for place, piece in zip(places[rank].split(lengths, 1), pieces[rank], strict=True):
+            place.copy_(piece)
+        return works, sent
 
     def _shares(self, count: int) -> list[int]:
         size = self.group.size()
         return [count // size + (rank < count % size) for rank in range(size)]
-
-
-def _views(flat: Tensor, sizes: list[tuple]) -> list[Tensor]:
-    """A flat tensor as tensors of `sizes`."""
-    counts = [math.prod(size) for size in sizes]
-    return [x.view(size) for x, size in zip(flat.split(counts), sizes, strict=True)]
 
 
 def check_split(transformer: torch.nn.Module, family: Family) -> None:

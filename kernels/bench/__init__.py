@@ -4,6 +4,8 @@
     python -m vdit_sparse.kernels.bench --tune           GPU: candidates for block_sparse/tiles.py
     python -m vdit_sparse.kernels.bench --prepare --heads 40 --tokens 75600
                                                          GPU: norms, RoPE and orders before it
+    python -m vdit_sparse.kernels.bench --skip --density 0.25
+                                                         GPU: what `skip_threshold` gains
     python -m vdit_sparse.kernels.bench --cpu --tokens 3136 --heads 6 --dim 64 --density 0.35
 
 Every number follows a comparison with exact attention in the same process; `--csv` appends rows

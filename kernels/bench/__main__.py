@@ -14,6 +14,7 @@ from vdit_sparse.kernels.bench.measure import Row, as_data, masks_of, run
 from vdit_sparse.kernels.bench.prepare import run_passes
 from vdit_sparse.kernels.bench.problem import DTYPES, PATTERNS, Problem
 from vdit_sparse.kernels.bench.report import append, line, machine, report, roofline
+from vdit_sparse.kernels.bench.skip import run_skips
 from vdit_sparse.kernels.bench.tune import tune
 
 
@@ -27,6 +28,10 @@ def main() -> None:
         if options.prepare:
             print(facts, flush=True)
             run_passes(problem, options.density[0])
+            return
+        if options.skip:
+            print(facts, flush=True)
+            run_skips(problem, options.density[0])
             return
         rows = as_data(problem, measured(problem, options, facts))
     report(rows, facts)
@@ -50,6 +55,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="the same as --device cpu")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--skip", action="store_true")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no kernel later")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--png", type=Path, help="a roofline")

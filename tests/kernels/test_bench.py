@@ -2,13 +2,14 @@
 
 import csv
 import math
+import re
 import time
 
 import pytest
 import torch
 
 from vdit_sparse.kernels.bench import __main__ as command
-from vdit_sparse.kernels.bench import measure, prepare
+from vdit_sparse.kernels.bench import measure, prepare, skip
 from vdit_sparse.kernels.bench.measure import Masked, Row, as_data, run
 from vdit_sparse.kernels.bench.problem import Problem
 from vdit_sparse.kernels.bench.report import append, roofline
@@ -96,6 +97,19 @@ def test_an_order_there_and_back_is_none(problem):
     call = prepare.order_of_a_call(problem)
     torch.manual_seed(0)
     assert torch.equal(call(), problem.tensors()[0])
+
+
+def test_skipping_is_compared_with_what_leaves_out_nothing(problem, monkeypatch, capsys):
+    monkeypatch.setattr(skip, "time_gpu", lambda call: 1.0 if call() else 0.0)
+    monkeypatch.setattr(skip, "BACKENDS", ("reference", "none"))
+    monkeypatch.setattr(skip, "APART", (0.0, 3.0))
+    skip.run_skips(problem, 0.4)
+    said = capsys.readouterr().out
+    assert said.count("none: ") == 2  # a backend that is not there, for each distance
+    found = re.findall(r"([\d.]+)% of the listed blocks left out, .* ([\d.e+-]+)\n", said)
+    shares, errors = zip(*((float(share), float(error)) for share, error in found), strict=True)
+    assert shares[:2] == (0, 0) and shares[3] >= shares[2] > 0
+    assert max(errors[:2]) == 0 and max(errors) < 0.1
 
 
 def test_time_of_a_kernel_is_its_own(problem):
