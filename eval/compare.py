@@ -24,6 +24,7 @@ from vdit_sparse.eval.calibrators.sparse_vdit import SparseVDiTSearch
 from vdit_sparse.eval.compare_table import tables
 from vdit_sparse.eval.controls import OracleBlocks, RandomBlocks
 from vdit_sparse.eval.denoise import latents, timed_call, use, warm_up
+from vdit_sparse.eval.known_rows import KnownRows
 from vdit_sparse.eval.metrics import QUICK_METRICS
 from vdit_sparse.eval.probe import Probe
 from vdit_sparse.kernels.block_sparse import PRECISIONS
@@ -118,10 +119,7 @@ class Comparison:
     """A loaded pipeline, the dense frames of all prompts, and the rows so far."""
 
     def __init__(self, pipe, inputs: dict, file: Path):
-        self.pipe, self.inputs, self.file = pipe, inputs, file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        old = file.read_text().splitlines() if file.exists() else []
-        self.rows = [json.loads(line) for line in old]
+        self.pipe, self.inputs, self.known = pipe, inputs, KnownRows(file)
         warm_up(pipe, None, inputs)
         use(pipe, None)
         self.reference, clock = self._run()
@@ -182,17 +180,13 @@ class Comparison:
         return {"error": probe.mean_error(), "planning_share": done.planning_share}
 
     def _known(self, name: str, method: SparseAttention | None) -> dict | None:
-        key = (name, repr(method), self.inputs["num_frames"])
-        return next((r for r in self.rows if (r["name"], r["method"], r["frames"]) == key), None)
+        frames = self.inputs["num_frames"]
+        return self.known.find(name=name, method=repr(method), frames=frames)
 
     def _keep(self, name: str, method: SparseAttention | None, measured: dict) -> dict:
         frames = self.inputs["num_frames"]
         row = {"name": name, "method": repr(method), "frames": frames, **measured}
-        if self._known(name, method) is None:
-            self.rows.append(row)
-            with self.file.open("a") as out:
-                out.write(json.dumps(row) + "\n")
-        return row
+        return self._known(name, method) or self.known.keep(row)
 
 
 def compare(arguments: argparse.Namespace) -> None:

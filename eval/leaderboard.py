@@ -16,7 +16,8 @@ import torch
 
 from vdit_sparse.calibration import load
 from vdit_sparse.eval.compare import DENSE_STEPS, DENSITIES, Comparison, Trial, trials
-from vdit_sparse.eval.tune_bar import HELD_OUT, interval, prompts_of
+from vdit_sparse.eval.confidence import interval
+from vdit_sparse.eval.tune_bar import HELD_OUT, prompts_of
 from vdit_sparse.pipelines.load import load_pipeline
 from vdit_sparse.tuned import TunedAttention
 
@@ -96,7 +97,7 @@ def board(arguments: argparse.Namespace) -> str:
         machine=machine,
         command=" ".join(["python -m vdit_sparse.eval.leaderboard", *sys.argv[1:]]),
     )
-    return f"{head}\n{table(comparison.rows)}\n"
+    return f"{head}\n{table(comparison.known.rows)}\n"
 
 
 def main() -> None:

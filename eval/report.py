@@ -5,12 +5,12 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
+from vdit_sparse.eval.confidence import interval
 from vdit_sparse.eval.metrics import METRICS
 from vdit_sparse.eval.store import StoreError, differences, digest, read_protocol, read_rows
 
-CONFIDENCE = 0.95
 # Column -> (heading, unit), before the metrics.
 FIGURES = {
     "density": ("density", ""),
@@ -152,36 +152,8 @@ def mean_over_prompts(values: Sequence[tuple[str, float]]) -> Mean:
     for prompt, value in values:
         by_prompt[prompt].append(value)
     means = [fmean(each) for each in by_prompt.values()]
-    count = len(means)
-    half = None
-    if count > 1:
-        half = student_quantile((1 + CONFIDENCE) / 2, count - 1) * stdev(means) / math.sqrt(count)
-    return Mean(fmean(means), half, count)
-
-
-def student_quantile(probability: float, freedom: int) -> float:
-    """The value that a t-distributed number of `freedom` degrees stays below with a probability of
-    0.5 to 1; by bisection of its distribution function, Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    low, high = 0.0, 1.0
-    while _student(high, freedom) < probability:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student(middle, freedom) < probability else (low, middle)
-    return high
-
-
-def _student(t: float, freedom: int) -> float:
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    odd = freedom % 2
-    term = cosine if odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for k in range(2 + odd, freedom - 1 + odd, 2):
-        term *= cosine * cosine * (k - 1) / k
-        total += term
-    inner = 2 / math.pi * (angle + sine * total) if odd else sine * total
-    return (1 + inner) / 2
+    half = interval(means)[1] if len(means) > 1 else None
+    return Mean(fmean(means), half, len(means))
 
 
 def _common(rows: list[dict]) -> tuple[list[list[dict]], int, int]:

@@ -4,30 +4,32 @@
 
 writes DIR/bar.json and DIR/bar.md. The uniform settings (`eval.uniform`) are compared by the error
 of their latents on the tuning prompts, and the best of all runs on the held-out prompts beside the
-tuned file, from the same noise.
+tuned file, from the same noise. What was measured is kept in DIR/rows.jsonl: a command that was cut
+off goes on.
 """
 
 import argparse
 import json
 import logging
-import math
 import time
+from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 
 from vdit_sparse.calibration import load
 from vdit_sparse.eval.compare import PROMPTS
+from vdit_sparse.eval.confidence import interval
+from vdit_sparse.eval.known_rows import KnownRows
 from vdit_sparse.eval.tune_samples import Samples, error_db
 from vdit_sparse.eval.uniform import calibrations, uniform
+from vdit_sparse.method import SparseAttention
 from vdit_sparse.pipelines.load import load_pipeline
 from vdit_sparse.tuned import TunedAttention
 
 TUNING, HELD_OUT = ("mini_tuning.txt",), ("mini.txt", "mini_more.txt")
 TUNING_SEED, CALIBRATED = 1000, 4
-# Two-sided 95 % of Student's t, by degrees of freedom up to which it is used.
-STUDENT = ((5, 2.571), (10, 2.228), (15, 2.131), (20, 2.086), (31, 2.040), (math.inf, 1.96))
 
 
 def prompts_of(names: tuple[str, ...]) -> list[str]:
@@ -36,57 +38,71 @@ def prompts_of(names: tuple[str, ...]) -> list[str]:
     return [line for line in lines if line]
 
 
-def interval(differences: list[float]) -> tuple[float, float]:
-    """Mean of paired differences and half of its 95 % confidence interval (Student's t)."""
-    n = len(differences)
-    factor = next(t for most, t in STUDENT if n - 1 <= most)
-    return mean(differences), factor * stdev(differences) / math.sqrt(n)
-
-
-def best_uniform(pipe, settings: dict, arguments: argparse.Namespace, grid) -> list[dict]:
+def best_uniform(
+    pipe, settings: dict, arguments: argparse.Namespace, grid, known: KnownRows
+) -> list[tuple[dict, SparseAttention]]:
     """All uniform settings with the error of their latents on the tuning prompts, best first."""
     prompts = prompts_of(TUNING)
     samples = Samples(pipe, prompts, [TUNING_SEED] * len(prompts), settings, arguments.batch)
-    dense, steps = samples.latents(None), settings["num_inference_steps"]
+    dense, steps = cache(lambda: samples.latents(None)), settings["num_inference_steps"]
     few = prompts[:CALIBRATED], [TUNING_SEED]
     files = {}
     if not arguments.no_calibrations:
         files = calibrations(pipe, arguments.density, steps, *few, arguments.out, **settings)
-    rows = []
+    found = []
     for name, method in uniform(arguments.density, grid, steps, files):
-        error = error_db(samples.latents(method), dense)
-        rows.append({"name": name, "method": method, "error": error, "density": samples.density()})
-        logging.info("%-11s density %.3f error %6.2f dB", name, rows[-1]["density"], error)
-    return sorted(rows, key=lambda row: row["error"])
+        asked = {"prompts": "tuning", "name": name, "method": repr(method)}
+        row = known.find(**asked)
+        if row is None:
+            expected = dense()
+            error = error_db(samples.latents(method), expected)
+            row = known.keep({**asked, "density": samples.density(), "error": error})
+        logging.info("%-11s density %.3f error %6.2f dB", name, row["density"], row["error"])
+        found.append((row, method))
+    return sorted(found, key=lambda pair: pair[0]["error"])
+
+
+def held_out(
+    pipe, settings: dict, arguments: argparse.Namespace, chosen: dict, known: KnownRows
+) -> dict[str, dict]:
+    """Density and PSNR of the chosen methods on each of the held-out prompts, by name."""
+    prompts = prompts_of(HELD_OUT)[: arguments.prompts]
+    samples = Samples(pipe, prompts, list(range(len(prompts))), settings, arguments.batch)
+    dense = cache(lambda: samples.frames(None))
+    found = {}
+    for name, method in chosen.items():
+        asked = {"prompts": len(prompts), "name": name, "method": repr(method)}
+        row = known.find(**asked)
+        if row is None:
+            expected = dense()
+            psnr = samples.psnr(method, expected)
+            row = known.keep({**asked, "density": samples.density(), "psnr": psnr})
+        found[name] = {part: row[part] for part in ("method", "density", "psnr")}
+        logging.info("%-11s %.2f dB at %.3f", name, mean(row["psnr"]), row["density"])
+    return found
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     """Chooses, runs the held-out prompts, and returns all figures."""
     started = time.perf_counter()
+    known = KnownRows(arguments.out / "rows.jsonl")
     pipe = load_pipeline(arguments.model)
     pipe.set_progress_bar_config(disable=True)
     settings = {name: value for name, value in pipe.generation.items() if name != "fps"}
     made = load(arguments.calibration)
     settings["num_inference_steps"] = made.steps
-    rows = best_uniform(pipe, settings, arguments, made.grid)
+    uniforms = best_uniform(pipe, settings, arguments, made.grid, known)
     chosen = {"tuned": TunedAttention(calibration=str(arguments.calibration))}
-    for row in rows:  # the best of each of the two best methods
+    for row, method in uniforms:  # the best of each of the two best methods
         if len(chosen) < 3:
-            chosen.setdefault(row["name"], row["method"])
-    prompts = prompts_of(HELD_OUT)[: arguments.prompts]
-    held = Samples(pipe, prompts, list(range(len(prompts))), settings, arguments.batch)
-    dense = held.frames(None)
-    found = {}
-    for name, method in chosen.items():
-        psnr = held.psnr(method, dense)
-        found[name] = {"method": repr(method), "density": held.density(), "psnr": psnr}
-        logging.info("%-11s %.2f dB at %.3f", name, mean(psnr), found[name]["density"])
-    best = max((mean(x["psnr"]), name) for name, x in found.items() if name != "tuned")[1]
-    pairs = zip(found["tuned"]["psnr"], found[best]["psnr"], strict=True)
+            chosen.setdefault(row["name"], method)
+    runs = held_out(pipe, settings, arguments, chosen, known)
+    best = max((mean(run["psnr"]), name) for name, run in runs.items() if name != "tuned")[1]
+    pairs = zip(runs["tuned"]["psnr"], runs[best]["psnr"], strict=True)
     gain, half = interval([ours - theirs for ours, theirs in pairs])
-    uniforms = [{**row, "method": repr(row["method"])} for row in rows]
-    about = {"best": best, "gain": gain, "half": half, "prompts": len(prompts)}
-    return {**about, "runs": found, "uniform": uniforms, "seconds": time.perf_counter() - started}
+    about = {"best": best, "gain": gain, "half": half, "prompts": len(runs["tuned"]["psnr"])}
+    rows = [row for row, _ in uniforms]
+    return {**about, "runs": runs, "uniform": rows, "seconds": time.perf_counter() - started}
 
 
 def table(bar: dict) -> str:

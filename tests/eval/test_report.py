@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.eval.run_cases import PROTOCOL
+from vdit_sparse.eval.confidence import student_quantile
 from vdit_sparse.eval.metrics import METRICS
 from vdit_sparse.eval.metrics import adherence as metric
 from vdit_sparse.eval.report import (
@@ -18,7 +19,6 @@ from vdit_sparse.eval.report import (
     mean_over_prompts,
     read_findings,
     show,
-    student_quantile,
 )
 from vdit_sparse.eval.report_page import Shown, markdown, methods_csv, page, samples_csv
 from vdit_sparse.eval.report_plot import LEFT, WIDTH, Point, colour_of, plot

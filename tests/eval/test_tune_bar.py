@@ -9,7 +9,9 @@ import torch
 from tests.tiny_models import WAN_CALL, tiny_wan
 from vdit_sparse.call import Call, Note
 from vdit_sparse.eval import leaderboard, tune_bar
-from vdit_sparse.eval.tune_bar import HELD_OUT, TUNING, interval, prompts_of
+from vdit_sparse.eval.confidence import interval
+from vdit_sparse.eval.tune_bar import HELD_OUT, TUNING, prompts_of
+from vdit_sparse.eval.tune_samples import Samples
 from vdit_sparse.eval.uniform import sparse_shares, uniform
 from vdit_sparse.grid import Grid
 
@@ -18,7 +20,7 @@ GRID, STEPS, DENSITY = Grid(7, 16, 28), 16, 0.25
 
 def test_interval_is_that_of_student():
     middle, half = interval([1.0, 2.0, 3.0])
-    assert middle == 2 and half == pytest.approx(2.571 / 3**0.5)
+    assert middle == 2 and half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
     assert interval([1.0] * 32) == (1.0, 0.0)
 
 
@@ -79,6 +81,18 @@ def test_the_bar_is_measured_on_a_tiny_model(tmp_path, monkeypatch, device):
     assert bar["gain"] == pytest.approx((sum(ours) - sum(theirs)) / 2)
     assert bar["uniform"][0]["error"] <= bar["uniform"][1]["error"]
     assert f"Tuned minus {bar['best']}: {bar['gain']:.2f}" in tune_bar.table(bar)
+
+    # Cut off in its last row and started again, it measures that row alone.
+    file = tmp_path / "rows.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
+    ran = []
+    monkeypatch.setattr(Samples, "psnr", lambda self, method, _: ran.append(method) or [1.0, 3.0])
+    monkeypatch.setattr(Samples, "latents", None)
+    again = tune_bar.measure(SimpleNamespace(**vars(asked), model=None))
+    assert [repr(method) for method in ran] == [list(bar["runs"].values())[-1]["method"]]
+    assert again["runs"]["tuned"] == bar["runs"]["tuned"] and len(lines) == 5
+    assert len(file.read_text().splitlines()) == 5
 
 
 def test_the_leaderboard_is_sorted_and_marks_the_tuner():

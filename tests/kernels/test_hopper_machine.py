@@ -20,6 +20,11 @@ from vdit_sparse.kernels.block_sparse.hopper import parts, self_check
 from vdit_sparse.kernels.block_sparse.hopper.launch import launch, launch_skipping
 from vdit_sparse.kernels.block_sparse.hopper.variants import FASTER, Variant, variant_for
 from vdit_sparse.kernels.block_sparse.reference import forward as reference_forward
+from vdit_sparse.kernels.triton_ops import INTERPRETED
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED, reason="the launcher's Triton kernels have to run beside the machine, on a CPU"
+)
 
 CASES = {
     "ragged": Case(S=300, lists="batch", B=2),
