@@ -9,6 +9,7 @@ files are made before, by `vdit-sparse tune --density` at the densities that `--
 
 import argparse
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -18,10 +19,18 @@ from vdit_sparse.calibration import load
 from vdit_sparse.eval.compare import DENSE_STEPS, DENSITIES, Comparison, Trial, trials
 from vdit_sparse.eval.confidence import interval
 from vdit_sparse.eval.tune_bar import HELD_OUT, prompts_of
+from vdit_sparse.kernels.bench import machine
 from vdit_sparse.pipelines.load import load_pipeline
 from vdit_sparse.tuned import TunedAttention
 
 PAGE = Path(__file__).parent.parent / "docs" / "leaderboard.md"
+# The fields that the rows of a method differ in, where it is not its density alone.
+_SHOWN = {
+    "radial": ("decay", "d1", "sink_frames"),
+    "rettention": ("density", "refresh"),
+    "adaspa": ("density", "refresh"),
+}
+_FIELD = re.compile(r"(\w+)=('[^']*'|\([^)]*\)|[^,)]+)")
 TITLES = ("method", "density of the run", "PSNR dB", "SSIM", "setting")
 HEAD = """# Leaderboard
 
@@ -57,17 +66,24 @@ def table(rows: list[dict]) -> str:
             f"{row['density']:.3f}",
             f"{psnr:.2f} ± {half:.2f}",
             f"{sum(row['ssim']) / len(row['ssim']):.3f}",
-            "" if row["name"] == "tuned" else f"`{_setting(row['method'])}`",
+            _setting(row),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _setting(method: str) -> str:
-    """A method's repr without the path of its calibration."""
-    parts = method.rstrip(")").split("(", 1)[-1].split(", ")
-    wanted = ("density=", "refresh=", "decay=", "d1=", "sink_frames=", "precision='int8")
-    return ", ".join(part for part in parts if part.startswith(wanted))
+def _setting(row: dict) -> str:
+    """What sets a row apart from the others of its method."""
+    found = dict(_FIELD.findall(row["method"]))
+    if row["name"] == "tuned":
+        return ""
+    if found.get("calibration", "None") != "None":
+        words = [f"calibrated for {row['target']:g}"]
+    else:
+        words = [f"`{name}={found[name]}`" for name in _SHOWN.get(row["name"], ("density",))]
+    if found["precision"] != "'bf16'":
+        words.append(f"`precision={found['precision']}`")
+    return ", ".join(words)
 
 
 def board(arguments: argparse.Namespace) -> str:
@@ -85,16 +101,14 @@ def board(arguments: argparse.Namespace) -> str:
     for trial in trials(pipe, inputs, arguments.out, DENSITIES):
         row = comparison.add(trial)
         logging.info("%s density %.3f", trial.name, row["density"])
-    machine = "CPU"
-    if pipe.device.type == "cuda":
-        machine = f"{torch.cuda.get_device_name(pipe.device)}, torch {torch.__version__}"
+    facts = machine(pipe.device)
     head = HEAD.format(
         **{name: settings[name] for name in ("height", "width", "guidance_scale")},
         frames=settings["num_frames"],
         steps=settings["num_inference_steps"],
         prompts=len(prompts),
         last=len(prompts) - 1,
-        machine=machine,
+        machine=f"{facts.pop('machine')}, {', '.join(map(' '.join, facts.items()))}",
         command=" ".join(["python -m vdit_sparse.eval.leaderboard", *sys.argv[1:]]),
     )
     return f"{head}\n{table(comparison.known.rows)}\n"

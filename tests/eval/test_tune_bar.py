@@ -14,6 +14,7 @@ from vdit_sparse.eval.tune_bar import HELD_OUT, TUNING, prompts_of
 from vdit_sparse.eval.tune_samples import Samples
 from vdit_sparse.eval.uniform import sparse_shares, uniform
 from vdit_sparse.grid import Grid
+from vdit_sparse.methods import AdaSpaAttention, DraftAttention, PAROAttention, RadialAttention
 
 GRID, STEPS, DENSITY = Grid(7, 16, 28), 16, 0.25
 
@@ -59,7 +60,6 @@ def test_uniform_settings_keep_to_the_density(device):
 def test_the_bar_is_measured_on_a_tiny_model(tmp_path, monkeypatch, device):
     from vdit_sparse.eval.tune import Target, tune
     from vdit_sparse.eval.tune_record import TuneSearch
-    from vdit_sparse.methods import DraftAttention, RadialAttention
 
     names = ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length")
     settings = {name: WAN_CALL[name] for name in names}
@@ -98,20 +98,23 @@ def test_the_bar_is_measured_on_a_tiny_model(tmp_path, monkeypatch, device):
 def test_the_leaderboard_is_sorted_and_marks_the_tuner():
     rows = [
         {"name": "dense", "method": "None", "seconds": 1.0},
-        {"name": "draft", "method": "DraftAttention(dense_steps=4, density=0.25, block=64)"},
+        {"name": "adaspa", "method": repr(AdaSpaAttention(density=0.25, refresh=(4, 9)))},
         {"name": "tuned", "method": "TunedAttention(calibration='/secret/x')"},
     ]
     for row, density in zip(rows[1:], (0.4, 0.5), strict=True):
         row |= {"density": density, "psnr": [20.0, 22.0], "ssim": [0.5, 0.7]}
     lines = leaderboard.table(rows).splitlines()
     assert lines[2].startswith("| **tuned** | 0.500 | 21.00 ± ") and "/secret" not in lines[2]
-    assert lines[3].endswith("| 0.600 | `density=0.25` |") and len(lines) == 4
+    assert lines[3].endswith("| 0.600 | `density=0.25`, `refresh=(4, 9)` |") and len(lines) == 4
+    paro = PAROAttention(calibration="/secret/y", precision="int8_fp8")
+    rows[1] |= {"name": "paro", "method": repr(paro), "target": 0.35}
+    shown = leaderboard.table(rows[1:2])
+    assert shown.endswith("| calibrated for 0.35, `precision='int8_fp8'` |")
     assert leaderboard.run_densities(16) == [0.625, 0.5125, 0.4375, 0.3625]
 
 
 def test_a_leaderboard_goes_on_where_it_was_cut_off(tmp_path, device, monkeypatch):
     from vdit_sparse.eval.compare import Trial
-    from vdit_sparse.methods import AdaSpaAttention, DraftAttention
 
     names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
     settings = {name: WAN_CALL[name] for name in names} | {"max_sequence_length": 16}
