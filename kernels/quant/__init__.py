@@ -83,8 +83,8 @@ def smooth_quantize(
     None for all: what the others hold is neither in the mean nor in a scale, NaN included;
     backend: "triton" or "reference", which runs or raises; default Triton on a GPU.
 
-    scale = amax / 127, values = round(x / scale), ties to even. The mean over the real keys, per
-    (batch, head, channel), is taken off the keys before ("K smoothing", SageAttention, arXiv
+    scale = amax / 127, values = round(x * (1 / scale)), ties to even. The mean over the real keys,
+    per (batch, head, channel), is taken off the keys before ("K smoothing", SageAttention, arXiv
     2410.02367), so that an offset common to all keys costs no bits. We differ: the blocks are the
     mask's, neither 1/sqrt(D) nor log2(e) is folded into the scales of Q, and q and k are rotated by
     the same orthogonal matrix (`rotate`), which leaves their products as they are and spreads a

@@ -20,7 +20,7 @@ from vdit_sparse.kernels.quant.reference import (
 from vdit_sparse.kernels.triton_ops import INTERPRETED, has_e4m3, why_not_on
 
 STATISTICS_ROWS = 128  # tokens that one program sums up
-VALUE_ROWS = 64  # tokens whose values one program rounds, at most; more would spill
+VALUE_ROWS = 128  # tokens whose values one program rounds, at most
 WARPS = 8
 # The interpreter cannot multiply bf16.
 AS_STORED = tl.constexpr(not INTERPRETED)
@@ -102,33 +102,36 @@ def quantize_rows(
     scale = tl.maximum(tl.math.div_rn(tl.max(tl.abs(x)), LARGEST * 1.0), smallest)
     block = head * tl.num_programs(0) + tl.program_id(0)
     tl.store(scale_ptr + block, scale)
-    # Adding 1.5 * 2^23 leaves no bits for fractions: the sum is rounded to nearest even.
-    levels = tl.math.div_rn(x, tl.zeros_like(x) + scale) + 12582912.0
-    values = (levels - 12582912.0).to(tl.int8)
+    # Adding 1.5 * 2^23 leaves no bits for fractions: the sum is rounded to nearest even, and its
+    # last byte is the integer, negative ones too.
+    levels = x * tl.math.div_rn(1.0, scale) + 12582912.0
+    values = levels.to(tl.int32, bitcast=True).to(tl.int8)
     pointers = values_ptr + (block * ROWS + tl.arange(0, ROWS))[:, None] * D + columns[None, :]
     tl.store(pointers, values, mask=(columns < D)[None, :])
 
 
 @triton.jit
 def quantize_columns(
-    x_ptr, real_ptr, scale_ptr, values_ptr, x_b, x_h, x_s, real_b, H, N,
+    x_ptr, real_ptr, inverse_ptr, values_ptr, x_b, x_h, x_s, real_b, H, N,
     LARGEST: tl.constexpr, PERMUTED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """fp8 e4m3 of ROWS tokens with the scales given, stored with channels as rows; PERMUTED: see
-    `quantize_values`."""
+    """fp8 e4m3 of ROWS tokens times the reciprocals of the scales, stored with channels as rows;
+    PERMUTED: see `quantize_values`."""
     x, _ = _load_real(x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD, ROWS)
     columns = tl.arange(0, BD)
     head = tl.program_id(1).to(tl.int64)
-    scale = tl.load(scale_ptr + head * D + columns, mask=columns < D, other=1.0)
-    levels = tl.math.div_rn(x, tl.zeros_like(x) + scale[None, :])
+    levels = x * tl.load(inverse_ptr + head * D + columns, mask=columns < D, other=1.0)[None, :]
     levels = tl.minimum(tl.maximum(levels, -LARGEST * 1.0), LARGEST * 1.0)
-    slots = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    values = tl.trans(levels.to(tl.float8e4nv))
     if PERMUTED:
-        slots = slots // 16 * 16 + slots % 8 // 2 * 4 + slots % 16 // 8 * 2 + slots % 2
+        # Moved here and not by the pointers, so that a thread stores neighbours together.
+        values = tl.reshape(values, [BD, ROWS // 16, 2, 4, 2])
+        values = tl.reshape(tl.permute(values, [0, 1, 3, 2, 4]), [BD, ROWS])
+    slots = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     channels = (head * D + columns) * (tl.num_programs(0) * ROWS)
-    pointers = values_ptr + channels[None, :] + slots[:, None]
-    tl.store(pointers, levels.to(tl.float8e4nv), mask=(columns < D)[None, :])
+    pointers = values_ptr + channels[:, None] + slots[None, :]
+    tl.store(pointers, values, mask=(columns < D)[:, None])
 
 
 def supports(x: Tensor, kind: torch.dtype) -> str | None:
@@ -168,7 +171,7 @@ def quantize_channels(
     values = torch.empty(B, H, D, slots, dtype=torch.float8_e4m3fn, device=v.device)
     with torch.cuda.device_of(v):
         quantize_columns[(slots // rows, B * H)](
-            v, real, scale, values, *v.stride()[:3], _batch_stride(real), H, N,
+            v, real, scale.reciprocal(), values, *v.stride()[:3], _batch_stride(real), H, N,
             LARGEST=E4M3_LARGEST, PERMUTED=permuted, **_shape(D, rows),
         )  # fmt: skip
     return Quantized(values, scale)

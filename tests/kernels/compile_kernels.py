@@ -43,6 +43,7 @@ FP32 = (
     "lse_ptr",
     "mean_ptr",
     "scale_ptr",
+    "inverse_ptr",
     "shift_ptr",
     "q_scale_ptr",
     "k_scale_ptr",
