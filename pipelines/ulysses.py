@@ -85,14 +85,15 @@ class Exchange:
         batch, _, _, dim = x.shape
         out = x.new_empty(batch, sum(self._own), heads, dim)
         columns = out.split(self._shares(heads), 2)
-        received = [torch.empty_like(c, memory_format=torch.contiguous_format) for c in columns]
-        received[self.group.rank()] = columns[self.group.rank()]
-        works, _ = self._swap(self._by_process(x, 1), received)
+        own = columns[self.group.rank()]
+        received = [own if part is own else part.new_empty(part.shape) for part in columns]
+        works, sent = self._swap(self._by_process(x, 1), received)
         for work in works:
             work.wait()
-        for column, there in zip(columns, received, strict=True):
-            if there is not column:
-                column.copy_(there)
+        del sent  # it had to live until it was gone
+        for column, part in zip(columns, received, strict=True):
+            if column is not own:
+                column.copy_(part)
         return out
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
