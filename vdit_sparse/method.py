@@ -44,7 +44,8 @@ class SparseAttention(ABC):
     precision: "bf16" computes in the dtype of q, k, v; the 8-bit ones are those of
         `block_sparse_attention`.
     skip_threshold: leave out tiles of small weights in the kernel, see `skipping_attention`: it has
-        the bound of the error. With "bf16" only; on a CPU only `backend="reference"` can.
+        the bound of the error. With "bf16" only; on a CPU only `backend="reference"` can. No gain
+        in time so far: on an H200 7 to 13 % slower than without (docs/performance.md).
     backend: kernel backend, or None for the best one on the device. A named one runs or raises.
 
     One object serves all layers, both experts of Wan 2.2 and several pipelines at once: it holds
