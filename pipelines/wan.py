@@ -15,6 +15,7 @@ from vdit_sparse.methods import (
 from vdit_sparse.pipelines.attach import SparsePipelineMixin
 from vdit_sparse.pipelines.families import Family, Parallel
 from vdit_sparse.pipelines.wan_attention import WanSparseAttnProcessor, latent_grid
+from vdit_sparse.tuned import TunedAttention
 
 
 def _layers(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -78,6 +79,8 @@ PRESETS = {
     "draft-mini": DraftAttention(density=0.35, block=64, pool=(16, 4), dense_steps=4),
     "paro-mini": PAROAttention(dense_steps=4),
     "rettention-mini": RettentionAttention(density=0.1, block=64, dense_steps=4, refresh=4),
+    # `vdit-sparse tune --density 0.3625` on the bundled model, docs/tune.md.
+    "tuned-mini": TunedAttention(),
     # The same in 4 steps, with a dense first and last one. For AdaSpa and Re-ttention the first is
     # the one that they search or cache, so that as many steps are left to be sparse. Ours, and not
     # measured.

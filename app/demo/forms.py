@@ -7,12 +7,11 @@ import re
 import typing
 
 from vdit_sparse.app.catalogue import first_sentence, source
-from vdit_sparse.app.options import all_presets, method_name, show_type, show_value
+from vdit_sparse.app.options import RUNNABLE, all_presets, method_name, show_type, show_value
 from vdit_sparse.calibration import CalibratedAttention
 from vdit_sparse.kernels.block_mask import BLOCK_SIZES
 from vdit_sparse.kernels.block_sparse import BACKENDS, PRECISIONS
 from vdit_sparse.method import SparseAttention
-from vdit_sparse.methods import METHODS
 
 # Fields that take one of few words.
 CHOICES = {
@@ -62,7 +61,7 @@ def methods() -> list[dict]:
             "calibrated": issubclass(kind, CalibratedAttention),
             "fields": _fields(kind),
         }
-        for name, kind in METHODS.items()
+        for name, kind in RUNNABLE.items()
     ]
 
 

@@ -15,7 +15,7 @@ from vdit_sparse.app import cli
 from vdit_sparse.app.demo import ask, forms, models
 from vdit_sparse.app.demo.limits import Limits
 from vdit_sparse.app.demo.script import script
-from vdit_sparse.app.options import InputError, parse_compare
+from vdit_sparse.app.options import RUNNABLE, InputError, parse_compare
 from vdit_sparse.methods import METHODS
 
 FORMS = [
@@ -142,7 +142,7 @@ def test_models_that_are_offered(studio):
 
 def test_every_field_has_a_control_that_its_method_takes():
     for method in forms.methods():
-        kind = METHODS[method["name"]]
+        kind = RUNNABLE[method["name"]]
         own = {field.name for field in dataclasses.fields(kind)} - forms.HIDDEN
         assert {field["name"] for field in method["fields"]} == own
         for field in method["fields"]:
