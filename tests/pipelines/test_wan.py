@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.tiny_models import WAN_CALL, tiny_wan
 from vdit_sparse import METHODS, RadialAttention, apply, load_pipeline, remove, summary
+from vdit_sparse.app.options import RUNNABLE
 from vdit_sparse.call import Call
 from vdit_sparse.grid import Grid
 from vdit_sparse.pipelines.wan import PRESETS
@@ -175,7 +176,7 @@ def test_presets_for_few_steps_leave_sparse_ones_between_dense_ends(name, steps)
 
 def test_presets_have_the_name_of_their_method():
     for name, method in PRESETS.items():
-        assert type(method) is METHODS[name.rsplit("-wan" if "-wan" in name else "-mini", 1)[0]]
+        assert type(method) is RUNNABLE[name.rsplit("-wan" if "-wan" in name else "-mini", 1)[0]]
 
 
 @pytest.mark.parametrize("name", ["adaspa-wan2.1-flagscale", "draft-wan2.1"])
