@@ -1,7 +1,10 @@
 """JSON lines of what has been measured, so that a command that was cut off goes on."""
 
 import json
+from contextlib import closing
 from pathlib import Path
+
+from vdit_sparse.eval.store import Lines
 
 
 class KnownRows:
@@ -11,11 +14,8 @@ class KnownRows:
     def __init__(self, file: Path):
         self.file = file
         file.parent.mkdir(parents=True, exist_ok=True)
-        content = file.read_bytes() if file.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            file.write_bytes(whole)
-        self.rows = [json.loads(line) for line in whole.splitlines()]
+        with closing(Lines(file)):
+            self.rows = [json.loads(line) for line in file.read_bytes().splitlines()]
 
     def find(self, **fields) -> dict | None:
         """The first row with these fields."""
@@ -23,7 +23,7 @@ class KnownRows:
 
     def keep(self, row: dict) -> dict:
         """The row, after it has been added."""
-        with self.file.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+        with closing(Lines(self.file)) as lines:
+            lines.append(row)
         self.rows.append(row)
         return row

@@ -55,8 +55,8 @@ class Store:
         try:
             for name in ("rows", "failures", "videos", "frames"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
-            self._rows = _Lines(folder / "rows" / f"{worker}.jsonl")
-            self._failures = _Lines(folder / "failures" / f"{worker}.jsonl")
+            self._rows = Lines(folder / "rows" / f"{worker}.jsonl")
+            self._failures = Lines(folder / "failures" / f"{worker}.jsonl")
         except BlockingIOError:
             raise StoreError(
                 f"Another process is writing to {folder} as {worker!r}: wait for it, or give each "
@@ -198,7 +198,7 @@ def _create(file: Path, text: str, worker: str) -> None:
         temporary.unlink()
 
 
-class _Lines:
+class Lines:
     """A file of JSON lines with one writer; a last line that a killed one left unfinished goes."""
 
     def __init__(self, file: Path):

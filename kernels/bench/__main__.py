@@ -25,13 +25,10 @@ def main() -> None:
     problem = Problem(*sizes, DTYPES[options.dtype], device)
     facts = machine(device)
     with torch.inference_mode():
-        if options.prepare:
+        if options.prepare or options.skip:
             print(facts, flush=True)
-            run_passes(problem, options.density[0])
-            return
-        if options.skip:
-            print(facts, flush=True)
-            run_skips(problem, options.density[0])
+            told = run_passes if options.prepare else run_skips
+            told(problem, options.density[0])
             return
         rows = as_data(problem, measured(problem, options, facts))
     report(rows, facts)
