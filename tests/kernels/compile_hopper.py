@@ -74,7 +74,7 @@ def builds(quick: bool) -> list[Build]:
     ]
     found += [Build(D, blocks, skips=True) for D in (64, 128) for blocks in every]
     found += [Build(ends="valid", skips=True), Build(blocks=(64, 64), ends="kv_len", skips=True)]
-    found += [Build(dtype="fp16"), Build(D=64, changes=(("emulate", True),))]
+    found += [Build(dtype="fp16")]
     found += [Build(D, changes=PLAIN, ends=ends) for D in (64, 128) for ends in ENDS[:2]]
     found += [Build(changes=TURNS), Build(blocks=(128, 64), changes=MANY)]
     found += [
@@ -87,8 +87,6 @@ def builds(quick: bool) -> list[Build]:
         Build(ends="valid", changes=MANY),
     ]
     found += [Build(D=64, blocks=(64, 128), changes=LONE), Build(blocks=(64, 128), changes=NARROW)]
-    for names in (("emulate",), ("emulate", "persistent")):
-        found += [Build(precision="int8_fp8", changes=tuple((name, True) for name in names))]
     return found + [Build(changes=(("keys", 64), ("stages", 4)))]
 
 

@@ -5,6 +5,7 @@ from types import FunctionType, SimpleNamespace
 import torch
 
 from vdit_sparse.kernels.block_sparse.hopper import kernel, parts, steps
+from vdit_sparse.kernels.block_sparse.hopper.assembly import AS_BYTES, AS_WORD
 
 ROUNDED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
@@ -134,41 +135,15 @@ class Buffer:
 
 
 def assembly(source, constraints, arguments, dtype, is_pure, pack):
-    """The few instructions of PTX that the kernel has; `pack` neighbours are the operands."""
-    outputs = constraints.count("=")
-    groups = arguments[0].as_subclass(torch.Tensor).unflatten(-1, (-1, pack))
-    names = {f"${outputs + i}": groups[..., i] for i in range(pack)}
-
-    def operand(word):
-        if word.startswith("0f"):
-            return torch.tensor(int(word[2:], 16)).int().view(torch.float32)
-        return names[word] if word in names else int(word)
-
-    for line in source.replace(";", "").splitlines():
-        name, *words = line.replace(",", " ").split() or ["{"]
-        if name[0] in "{}" or name == ".reg":
-            continue
-        x = [operand(word) for word in words[1:]]
-        result = {
-            "ex2": lambda x: x[0].exp2(),
-            "max": lambda x: torch.maximum(*x),
-            "add": lambda x: sum_of(*x),
-            "sub": lambda x: x[0] - x[1],
-            "fma": lambda x: (x[0].double() * x[1] + x[2]).float(),
-            "mov": lambda x: x[0],
-            "shl": lambda x: x[0].view(torch.int32) << x[1],
-        }[name.split(".")[0]](x)
-        names[words[0]] = result
-    results = [names[f"${i}"] for i in range(outputs)]
-    results = [x.view(torch.float32) if x.dtype == torch.int32 else x for x in results]
-    return value(torch.stack(results, -1).flatten(-2))
-
-
-def sum_of(a, b):
-    """The sum of two registers, of integers if one of them is one."""
-    if torch.int32 in (a.dtype, b.dtype):
-        return a.view(torch.int32) + b.view(torch.int32)
-    return a + b
+    """What the kernel's PTX does; e4m3 numbers, elsewhere fp32 that are rounded, are bytes here."""
+    if source == AS_WORD.value:
+        four = torch.stack([x.as_subclass(torch.Tensor) for x in arguments], -1)
+        return value(four.clamp(max=448).to(torch.float8_e4m3fn).view(torch.int32).squeeze(-1))
+    if source == AS_BYTES.value:
+        words = arguments[0].as_subclass(torch.Tensor)[..., ::4].contiguous()
+        return value(words.view(torch.float8_e4m3fn).float())
+    assert "huge" in source, source
+    return arguments[0]
 
 
 class Descriptor:
@@ -243,7 +218,8 @@ def _language(machine) -> SimpleNamespace:
         max=torch.amax, min=torch.amin, sum=torch.sum, exp2=torch.exp2, log2=torch.log2,
         zeros_like=torch.zeros_like, float16=torch.float16,
         fma=lambda x, y, z: (x.double() * y.double() + z.double()).float(),
-        inline_asm_elementwise=assembly,
+        inline_asm_elementwise=assembly, split=lambda x: (x[..., 0], x[..., 1]),
+        join=lambda a, b: torch.stack([a, b], -1),
         convert_layout=lambda x, layout: x, thread_barrier=lambda: None,
         warp_specialize=machine.specialize, allocate_shared_memory=machine.allocate,
         NVMMADistributedLayout=layout, SliceLayout=layout, DotOperandLayout=layout,

@@ -11,12 +11,11 @@ import torch
 
 from tests.kernels import hopper_gluon
 from tests.kernels.cases import Case, make
-from tests.kernels.hopper_gluon import assembly
 from tests.kernels.hopper_machine import Machine, attend_here
 from tests.kernels.tolerance import assert_attention
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse.hopper import launch as launching
-from vdit_sparse.kernels.block_sparse.hopper import parts, self_check
+from vdit_sparse.kernels.block_sparse.hopper import self_check
 from vdit_sparse.kernels.block_sparse.hopper.launch import launch, launch_skipping
 from vdit_sparse.kernels.block_sparse.hopper.variants import FASTER, Variant, variant_for
 from vdit_sparse.kernels.block_sparse.reference import forward as reference_forward
@@ -44,7 +43,6 @@ FORMS = {
     "persistent": replace(WIDE, persistent=True),
     "ping-pong": replace(WIDE, pingpong=True),
     "persistent ping-pong": replace(WIDE, persistent=True, pingpong=True, stages=3),
-    "emulated": replace(WIDE, emulate=True),
     "longest first": replace(WIDE, longest_first=True),
     "persistent, longest first": replace(WIDE, longest_first=True, persistent=True),
     "steps of 64": replace(WIDE, keys=64, stages=4),
@@ -170,18 +168,6 @@ def test_skipping(name, threshold, persistent, monkeypatch):
         mask = BlockMask.from_keep(mask.keep() & ~skipped, 64, valid=mask.valid)
     if mask.block_q == 64 or not skipped.any():
         assert_attention((out, lse), q, k, v, mask, kv_len)
-
-
-def test_emulated_exponentials_are_exponentials():
-    x = torch.cat([torch.linspace(-130, 9, 4000), torch.tensor([0.0, -0.5, 0.5, -torch.inf])])
-    asm = (parts.THREE_OF_FOUR.value, "=&f,=&f,=&f,=&f,f,f,f,f")
-    # Every number in each of four places, of which the last is on the FMA units.
-    got = assembly(*asm, [x.repeat_interleave(4)], torch.float32, True, pack=4).unflatten(
-        0, (-1, 4)
-    )
-    exact = x.double().exp2()[:, None]
-    assert ((got - exact).abs() <= 1e-4 * exact + 2.0**-125).all()
-    assert (got[:, 3] != got[:, 0]).any()
 
 
 def broken(name: str, change):

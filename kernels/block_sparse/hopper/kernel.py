@@ -26,12 +26,14 @@ from vdit_sparse.kernels.block_sparse.hopper.parts import (
     handed_over,
     key_place,
     masked,
+    operand_of,
     peak_of,
     real_in_step,
     scores_of,
     step_at,
     tile_of,
     weights_of,
+    words_of,
     zero_from,
 )
 from vdit_sparse.kernels.block_sparse.hopper.steps import (
@@ -112,7 +114,7 @@ def _consume(
     strides, sizes, scale, skip_log2, tiles,
     W: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
-    PINGPONG: gl.constexpr, EMULATE: gl.constexpr,
+    PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """Attention of the 64 queries `W * 64 ...` of each tile."""
     VALID: gl.constexpr = valid_ptr is not None
@@ -145,11 +147,15 @@ def _consume(
         block, start = step_at(list_ptr, steps - 1, full, BLOCK_K, BN)
         real = real_in_step(block, start, steps, length, valid_ptr, BLOCK_K, BN)
         factor = to_log2
+        key_scale = to_log2
         k_row = head * nk
         if INT8:
             nq = (S + BLOCK_Q - 1) // BLOCK_Q
             to_log2 *= gl.load(q_scale_ptr + head * nq + m0 // BLOCK_Q)
             factor = gl.maximum(to_log2 * gl.load(k_scale_ptr + k_row + block), SMALLEST)
+            block, _start = step_at(list_ptr, steps - 2, full, BLOCK_K, BN)
+            key_scale = gl.load(k_scale_ptr + k_row + block)
+            block, _start = step_at(list_ptr, steps - 3, full, BLOCK_K, BN)
         if not PERSISTENT:
             mbarrier.wait(q_ready.index(W), parity)
         q = q_smem.index(W).reshape([ROWS, D])
@@ -162,24 +168,28 @@ def _consume(
             if not FP8:
                 mbarrier.wait(v_ready.index(slot), phase)
                 zero_from(v_smem.index(slot).reshape([BN, D]), real, BN, D)
-        peak = peak_of(scores, factor, INT8, FP8)
-        p, total, peak, _shift = weights_of(scores, factor, peak, P_L, number, False, INT8, True)
+        peak = peak_of(scores, factor, S_L, INT8, FP8)
+        p, total, peak, _shift = weights_of(scores, factor, peak, P_L, number, INT8, True)
+        if FP8:
+            p = words_of(p)
         acc = gl.zeros([ROWS, D], gl.float32, O_L)
         alpha = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, O_L))
         rows = m0 + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_L))
-        state = acc, p, peak, total, alpha, slot, phase, turn
+        state = acc, p, peak, total, alpha, slot, phase, turn, key_scale, block
         row = list_ptr, steps, full, length, to_log2, k_row
         for i in range(1, 1 if SKIP else steps):
             state, real = step(
                 i, state, real, q, row, valid_ptr, k_scale_ptr, buffers, barriers, W, D, BLOCK_K,
-                BN, STAGES, S_L, O_L, P_L, number, PINGPONG, EMULATE and not VALID,
+                BN, STAGES, S_L, O_L, P_L, number, PINGPONG,
             )  # fmt: skip
-        acc, p, peak, total, alpha, slot, phase, turn = state
+        acc, p, peak, total, alpha, slot, phase, turn, _key_scale, _block = state
         if PERSISTENT and not SKIP:
             mbarrier.arrive(q_empty.index(W))
         mbarrier.wait(v_ready.index(slot), phase)
         if VALID and not FP8:
             zero_from(v_smem.index(slot).reshape([BN, D]), real, BN, D)
+        if FP8:
+            p = operand_of(p, P_L)
         started = start_values(p, acc, v_smem, slot, D, BN, O_L, FP8)
         product = warpgroup_mma_wait(0, [started])
         mbarrier.arrive(v_empty.index(slot))
@@ -230,7 +240,7 @@ def hopper_forward(
     idx_b, idx_h, idx_q, cnt_b, cnt_h, cnt_q, H, S, keys, nk, tiles, scale, skip_log2,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
-    PERSISTENT: gl.constexpr, PINGPONG: gl.constexpr, EMULATE: gl.constexpr,
+    PERSISTENT: gl.constexpr, PINGPONG: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `block_sparse_attention`. Descriptors are 4-D. q_scale_ptr, k_scale_ptr, shift_ptr: of
@@ -288,12 +298,12 @@ def hopper_forward(
                 (_consume, (
                     descriptors, buffers, barriers, numbers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, EMULATE,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG,
                 )),
                 (_consume, (
                     descriptors, buffers, barriers, numbers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 1, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, EMULATE,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG,
                 )),
                 (_produce, (
                     descriptors, buffers, barriers, numbers, taken_ptr, lists, strides, sizes,
@@ -309,7 +319,7 @@ def hopper_forward(
                 (_consume, (
                     descriptors, buffers, barriers, numbers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, False, EMULATE,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, False,
                 )),
                 (_produce, (
                     descriptors, buffers, barriers, numbers, taken_ptr, lists, strides, sizes,

@@ -4,35 +4,21 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
+from vdit_sparse.kernels.block_sparse.hopper.assembly import (
+    AS_BYTES,
+    AS_WORD,
+    IN_PLACE_32,
+    IN_PLACE_64,
+    LANDMARK_32,
+    LANDMARK_64,
+)
+
 ROWS = gl.constexpr(64)  # queries of a consumer
 LOG2_448 = gl.constexpr(8.807354922057604)  # of the largest number of e4m3
 # Of the factor of integer scores: a block of zeros has a scale so small that a product of two is 0,
 # and -inf * 0 is nan.
 SMALLEST = gl.constexpr(1e-30)
 OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23, of integer scores as floating-point numbers
-# Three of four exponentials in the special function unit, the fourth on the FMA units: 2^x is
-# 2^round(x) times a cubic in the rest, of relative error below 1e-4 (FlashAttention-4's trick).
-THREE_OF_FOUR = gl.constexpr("""
-{
-.reg .f32 c, r, f, y;
-.reg .b32 n, bits;
-ex2.approx.ftz.f32 $0, $4;
-ex2.approx.ftz.f32 $1, $5;
-ex2.approx.ftz.f32 $2, $6;
-max.f32 c, $7, 0fC2FC0000;
-add.rn.f32 r, c, 0f4B400000;
-sub.rn.f32 f, r, 0f4B400000;
-sub.rn.f32 f, c, f;
-fma.rn.f32 y, f, 0f3D61FBB0, 0f3E786F0D;
-fma.rn.f32 y, y, f, 0f3F31798D;
-fma.rn.f32 y, y, f, 0f3F7FFB49;
-mov.b32 n, r;
-shl.b32 n, n, 23;
-mov.b32 bits, y;
-add.s32 bits, bits, n;
-mov.b32 $3, bits;
-}
-""")
 
 
 @gluon.jit
@@ -188,23 +174,25 @@ def finite(peak, GUARD: gl.constexpr):
 
 
 @gluon.jit
-def exp2_of(x, EMULATE: gl.constexpr):
-    """2^x."""
-    if EMULATE:
-        p = gl.inline_asm_elementwise(
-            THREE_OF_FOUR, "=&f,=&f,=&f,=&f,f,f,f,f", [x], gl.float32, is_pure=True, pack=4
-        )
+def largest_of(scores, layout: gl.constexpr):
+    """The largest score of each row, in the layout of rows of `layout`. Integers as their products
+    are: three are compared at a time, in several chains."""
+    if scores.dtype == gl.int32:
+        KEYS: gl.constexpr = scores.shape[1]
+        some = gl.max(scores.reshape([ROWS, 2, KEYS // 16, 8]), 2)
+        peak = gl.max(some.reshape([ROWS, 16]), 1).to(gl.float32)
+        peak = gl.convert_layout(peak, gl.SliceLayout(1, layout))
     else:
-        p = gl.exp2(x)
-    return p
+        peak = gl.max(scores, 1)
+    return peak
 
 
 @gluon.jit
-def peak_of(scores, factor, INT8: gl.constexpr, FP8: gl.constexpr):
+def peak_of(scores, factor, layout: gl.constexpr, INT8: gl.constexpr, FP8: gl.constexpr):
     """Largest score of each row in log2 units; in fp8 low by log2(448), which makes the weights,
     and their sum, larger by 448."""
-    peak = gl.max(scores, 1)
-    if INT8:
+    peak = largest_of(scores, layout)
+    if INT8 and scores.dtype == gl.float32:
         peak -= OFFSET
     peak *= factor
     if FP8:
@@ -214,35 +202,78 @@ def peak_of(scores, factor, INT8: gl.constexpr, FP8: gl.constexpr):
 
 @gluon.jit
 def weights_of(scores, factor, peak, P: gl.constexpr, number: gl.constexpr,
-               EMULATE: gl.constexpr, INT8: gl.constexpr, GUARD: gl.constexpr):  # fmt: skip
-    """exp2(factor * scores - shift) as an operand of the next product, and the sums of rows; `peak`
-    and shift, which are the same but for rows that have seen masked keys only (GUARD).
+               INT8: gl.constexpr, GUARD: gl.constexpr):  # fmt: skip
+    """exp2(factor * scores - shift) as an operand of the next product, in fp8 as fp32 numbers for
+    `words_of`, and the sums of rows; `peak` and shift, which are the same but for rows that have
+    seen masked keys only (GUARD).
 
     INT8: what takes the scores' offset off again is one rounded number for each row, of up to
     factor * 2^24. Its rounding, upwards, is put into `peak`, which so stays exact to all blocks.
-
-    A thread has columns 2t, 2t + 1 of each 8, but of an 8-bit operand four neighbours of each 16:
-    with the keys of each 16 in another order, which the values have too, they are the same. Weights
-    that are to be e4m3 are fp16 until their product: as bytes they would be packed and unpacked.
+    (Downwards where it is negative: then by less than a weight's conversion rounds.)
     """
+    if scores.dtype == gl.int32:
+        scores = scores_of(scores)
     shift = finite(peak, GUARD)
     if INT8:
-        lost = gl.fma(factor + gl.zeros_like(shift), OFFSET + gl.zeros_like(shift), shift)
-        lost += gl.maximum(lost, -lost) * 2.384185791015625e-07
-        shift = gl.fma(-factor + gl.zeros_like(shift), OFFSET + gl.zeros_like(shift), lost)
+        zero = gl.zeros_like(shift)
+        lost = gl.fma(factor + zero, OFFSET + zero, shift)
+        lost = gl.fma(lost, 2.384185791015625e-07 + zero, lost)
+        shift = gl.fma(-factor + zero, OFFSET + zero, lost)
         peak = gl.where(peak == float("-inf"), peak, shift) if GUARD else shift
         powers = gl.fma(
             scores, factor + gl.zeros_like(scores), -lost[:, None] + gl.zeros_like(scores)
         )
     else:
         powers = scores * factor - shift[:, None]
-    p = exp2_of(powers, EMULATE)
-    total = gl.sum(p, 1)
+    p = gl.exp2(powers)
     if number == gl.float8e4nv:
-        KEYS: gl.constexpr = p.shape[1]
-        groups = p.reshape([p.shape[0], KEYS // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4))
-        p = groups.reshape([p.shape[0], KEYS])
-        p = gl.convert_layout(p.to(gl.float16), P)
-    else:
+        p = with_landmark(p)
+    total = gl.sum(p, 1)
+    if number != gl.float8e4nv:
         p = gl.convert_layout(p.to(number), P)
     return p, total, peak, shift
+
+
+@gluon.jit
+def with_landmark(p):
+    """The weights, unchanged. ptxas takes the wait for a product as far up as it can, before all
+    exponentials; from here on their second half runs beside it, and beside what comes after it."""
+    if p.shape[1] == 64:
+        p = gl.inline_asm_elementwise(
+            LANDMARK_32, IN_PLACE_32, [p], gl.float32, is_pure=False, pack=32
+        )
+    else:
+        p = gl.inline_asm_elementwise(
+            LANDMARK_64, IN_PLACE_64, [p], gl.float32, is_pure=False, pack=64
+        )
+    return p
+
+
+@gluon.jit
+def words_of(p):
+    """Weights `[ROWS, keys]` as e4m3 numbers, four to a word: int32 `[ROWS, keys / 4]`.
+
+    A thread has columns 2t, 2t + 1 of each 8, but of an 8-bit operand four neighbours of each 16:
+    with the keys of each 16 in another order, which the values have too, they are the same. Words,
+    because bytes that live through a loop are taken apart and put together in it.
+    """
+    KEYS: gl.constexpr = p.shape[1]
+    groups = p.reshape([ROWS, KEYS // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4))
+    even, odd = gl.split(groups.reshape([ROWS, KEYS // 4, 2, 2]))
+    a, c = gl.split(even)
+    b, d = gl.split(odd)
+    return gl.inline_asm_elementwise(
+        AS_WORD, "=r,f,f,f,f", [a, b, c, d], gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def operand_of(words, P: gl.constexpr):
+    """The words of `words_of` as an operand of e4m3 numbers, `[ROWS, keys]`. To be made before any
+    product of the step starts, or else ptxas lets each wait for the one before."""
+    KEYS: gl.constexpr = 4 * words.shape[1]
+    pairs = gl.join(words, words)
+    copies = gl.convert_layout(gl.join(pairs, pairs).reshape([ROWS, KEYS]), P)
+    return gl.inline_asm_elementwise(
+        AS_BYTES, "=r,r,r,r,r", [copies], gl.float8e4nv, is_pure=True, pack=4
+    )

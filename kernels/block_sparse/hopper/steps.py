@@ -16,11 +16,13 @@ from vdit_sparse.kernels.block_sparse.hopper.parts import (
     advance,
     key_place,
     masked,
+    operand_of,
     peak_of,
     real_in_step,
     scores_of,
     step_at,
     weights_of,
+    words_of,
     zero_from,
 )
 
@@ -44,7 +46,7 @@ def start_values(p, acc, v_smem, slot, D: gl.constexpr, BN: gl.constexpr,
         v = v_smem.index(slot).reshape([D, BN]).permute((1, 0))
         # Hopper's own fp8 accumulator keeps about 14 bits: each tile starts a new one.
         zero = gl.zeros([ROWS, D], gl.float32, O_L)
-        started = warpgroup_mma(p.to(v.dtype), v, zero, use_acc=False, is_async=True)
+        started = warpgroup_mma(p, v, zero, use_acc=False, is_async=True)
     else:
         v = v_smem.index(slot).reshape([BN, D])
         started = warpgroup_mma(p, v, acc, is_async=True)
@@ -56,11 +58,11 @@ def step(
     i, state, real_last, q, row, valid_ptr, k_scale_ptr, buffers, barriers,
     W: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr, P_L: gl.constexpr,
-    number: gl.constexpr, PINGPONG: gl.constexpr, EMULATE: gl.constexpr,
+    number: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of step `i`, values of the one before, of whose keys `real_last` are real;
     the new state, and how many keys of this step are real."""
-    acc, p, peak, total, alpha, slot, phase, turn = state
+    acc, p, peak, total, alpha, slot, phase, turn, key_scale, block = state
     list_ptr, steps, full, length, to_log2, k_row = row
     _q_smem, k_smem, v_smem = buffers
     _q_ready, _q_empty, k_ready, k_empty, v_ready, v_empty, turns = barriers
@@ -69,12 +71,14 @@ def step(
     FP8: gl.constexpr = number == gl.float8e4nv
     real = real_last
     factor = to_log2
-    if VALID or INT8:
-        block, start = step_at(list_ptr, steps - 1 - i, full, BLOCK_K, BN)
     if VALID:
-        real = real_in_step(block, start, steps, length, valid_ptr, BLOCK_K, BN)
+        here, start = step_at(list_ptr, steps - 1 - i, full, BLOCK_K, BN)
+        real = real_in_step(here, start, steps, length, valid_ptr, BLOCK_K, BN)
     if INT8:
-        factor = gl.maximum(to_log2 * gl.load(k_scale_ptr + k_row + block), SMALLEST)
+        factor = gl.maximum(to_log2 * key_scale, SMALLEST)
+        # A step early: products would wait for the one load, and that for the other.
+        key_scale = gl.load(k_scale_ptr + k_row + block)
+        block, _start = step_at(list_ptr, steps - 3 - i, full, BLOCK_K, BN)
     last, last_phase = slot, phase
     slot, phase = advance(slot, phase, STAGES)
     if VALID:
@@ -83,6 +87,8 @@ def step(
             zero_from(v_smem.index(last).reshape([BN, D]), real_last, BN, D)
     if PINGPONG:
         mbarrier.wait(turns.index(W), turn ^ (1 - W))
+    if FP8:
+        p = operand_of(p, P_L)
     k_slot, k_phase = key_place(slot, phase, k_smem.shape[0] != v_smem.shape[0])
     scores_started = start_scores(q, k_smem, k_ready, k_slot, k_phase, D, BN, S_L, INT8)
     if not VALID:
@@ -91,21 +97,23 @@ def step(
     if PINGPONG:
         mbarrier.arrive(turns.index(1 - W))
         turn ^= 1
-    scores = scores_of(warpgroup_mma_wait(1, [scores_started]))
+    scores = warpgroup_mma_wait(1, [scores_started])
     mbarrier.arrive(k_empty.index(k_slot))
     if VALID:
-        scores = masked(scores, real, S_L, BN)
-    peak_new = gl.maximum(peak, peak_of(scores, factor, INT8, FP8))
-    p, sums, peak_new, shift = weights_of(
-        scores, factor, peak_new, P_L, number, EMULATE, INT8, VALID
-    )
+        scores = masked(scores_of(scores), real, S_L, BN)
+    peak_new = gl.maximum(peak, peak_of(scores, factor, S_L, INT8, FP8))
+    p, sums, peak_new, shift = weights_of(scores, factor, peak_new, P_L, number, INT8, VALID)
     alpha_new = gl.exp2(peak - shift)
     total = total * alpha_new + sums
     alpha_new = gl.convert_layout(alpha_new, gl.SliceLayout(1, O_L))
     product = warpgroup_mma_wait(0, [values_started])
     mbarrier.arrive(v_empty.index(last))
-    acc = acc * alpha[:, None] + product if FP8 else product * alpha_new[:, None]
-    return (acc, p, peak_new, total, alpha_new, slot, phase, turn), real
+    if FP8:
+        p = words_of(p)
+        acc = acc * alpha[:, None] + product
+    else:
+        acc = product * alpha_new[:, None]
+    return (acc, p, peak_new, total, alpha_new, slot, phase, turn, key_scale, block), real
 
 
 @gluon.jit
@@ -129,7 +137,7 @@ def step_or_skip(
     mbarrier.arrive(k_empty.index(k_slot))
     if VALID:
         scores = masked(scores, real, S_L, BN)
-    top = peak_of(scores, factor, False, False)
+    top = peak_of(scores, factor, S_L, False, False)
     small = (top < peak + skip_log2) | outside
     skip = gl.min(small.to(gl.int32), 0) == 1
     mbarrier.wait(v_ready.index(slot), phase)
@@ -137,9 +145,7 @@ def step_or_skip(
         gl.atomic_add(skips_ptr + skips_row + block, 1)
     else:
         peak_new = gl.maximum(peak, top)
-        p, sums, peak_new, shift = weights_of(
-            scores, factor, peak_new, P_L, number, False, False, VALID
-        )
+        p, sums, peak_new, shift = weights_of(scores, factor, peak_new, P_L, number, False, VALID)
         alpha = gl.exp2(peak - shift)
         total = total * alpha + sums
         peak = peak_new

@@ -15,8 +15,7 @@ class Variant:
     keys, and of values, in shared memory; lone: one tile of keys for two of values;
     persistent: as many programs as fit the GPU, each of which takes tile after tile from a common
     counter and loads the next tile's queries early; pingpong: consumers start their products in
-    turns; emulate: every fourth exponential on the FMA units; longest_first: tiles of a head by
-    falling length of their lists.
+    turns; longest_first: tiles of a head by falling length of their lists.
     producer_registers: of a thread of the producer's warp; registers: of a thread when the program
     starts, before the warps trade them, or None.
     """
@@ -27,7 +26,6 @@ class Variant:
     lone: bool = False
     persistent: bool = False
     pingpong: bool = False
-    emulate: bool = False
     longest_first: bool = False
     producer_registers: int = 24
     registers: int | None = None
@@ -56,7 +54,6 @@ class Variant:
             "KEY_STAGES": 1 if self.lone else self.stages,
             "PERSISTENT": self.persistent,
             "PINGPONG": self.pingpong,
-            "EMULATE": self.emulate,
             "REGISTERS": 240,
             "PRODUCER_REGISTERS": self.producer_registers,
         }
