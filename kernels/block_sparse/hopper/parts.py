@@ -202,7 +202,7 @@ def peak_of(scores, factor, layout: gl.constexpr, INT8: gl.constexpr, FP8: gl.co
 
 @gluon.jit
 def weights_of(scores, factor, peak, P: gl.constexpr, number: gl.constexpr,
-               INT8: gl.constexpr, GUARD: gl.constexpr):  # fmt: skip
+               INT8: gl.constexpr, LANDMARK: gl.constexpr, GUARD: gl.constexpr):  # fmt: skip
     """exp2(factor * scores - shift) as an operand of the next product, in fp8 as fp32 numbers for
     `words_of`, and the sums of rows; `peak` and shift, which are the same but for rows that have
     seen masked keys only (GUARD).
@@ -226,7 +226,7 @@ def weights_of(scores, factor, peak, P: gl.constexpr, number: gl.constexpr,
     else:
         powers = scores * factor - shift[:, None]
     p = gl.exp2(powers)
-    if number == gl.float8e4nv:
+    if LANDMARK:
         p = with_landmark(p)
     total = gl.sum(p, 1)
     if number != gl.float8e4nv:

@@ -58,7 +58,7 @@ def step(
     i, state, real_last, q, row, valid_ptr, k_scale_ptr, buffers, barriers,
     W: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr, P_L: gl.constexpr,
-    number: gl.constexpr, PINGPONG: gl.constexpr,
+    number: gl.constexpr, PINGPONG: gl.constexpr, LANDMARK: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of step `i`, values of the one before, of whose keys `real_last` are real;
     the new state, and how many keys of this step are real."""
@@ -102,7 +102,9 @@ def step(
     if VALID:
         scores = masked(scores_of(scores), real, S_L, BN)
     peak_new = gl.maximum(peak, peak_of(scores, factor, S_L, INT8, FP8))
-    p, sums, peak_new, shift = weights_of(scores, factor, peak_new, P_L, number, INT8, VALID)
+    p, sums, peak_new, shift = weights_of(
+        scores, factor, peak_new, P_L, number, INT8, LANDMARK, VALID
+    )
     alpha_new = gl.exp2(peak - shift)
     total = total * alpha_new + sums
     alpha_new = gl.convert_layout(alpha_new, gl.SliceLayout(1, O_L))
@@ -145,7 +147,9 @@ def step_or_skip(
         gl.atomic_add(skips_ptr + skips_row + block, 1)
     else:
         peak_new = gl.maximum(peak, top)
-        p, sums, peak_new, shift = weights_of(scores, factor, peak_new, P_L, number, False, VALID)
+        p, sums, peak_new, shift = weights_of(
+            scores, factor, peak_new, P_L, number, False, False, VALID
+        )
         alpha = gl.exp2(peak - shift)
         total = total * alpha + sums
         peak = peak_new

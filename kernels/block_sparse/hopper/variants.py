@@ -15,7 +15,8 @@ class Variant:
     keys, and of values, in shared memory; lone: one tile of keys for two of values;
     persistent: as many programs as fit the GPU, each of which takes tile after tile from a common
     counter and loads the next tile's queries early; pingpong: consumers start their products in
-    turns; longest_first: tiles of a head by falling length of their lists.
+    turns; landmark: half of a step's exponentials before the wait for the values of the last one
+    (`parts.with_landmark`); longest_first: tiles of a head by falling length of their lists.
     producer_registers: of a thread of the producer's warp; registers: of a thread when the program
     starts, before the warps trade them, or None.
     """
@@ -26,6 +27,7 @@ class Variant:
     lone: bool = False
     persistent: bool = False
     pingpong: bool = False
+    landmark: bool = False
     longest_first: bool = False
     producer_registers: int = 24
     registers: int | None = None
@@ -54,6 +56,7 @@ class Variant:
             "KEY_STAGES": 1 if self.lone else self.stages,
             "PERSISTENT": self.persistent,
             "PINGPONG": self.pingpong,
+            "LANDMARK": self.landmark,
             "REGISTERS": 240,
             "PRODUCER_REGISTERS": self.producer_registers,
         }
@@ -76,7 +79,7 @@ FASTER = {
     (128, (128, 64), "bf16"): Variant(2, 64, 3, **SHARED),
     # As fast as one stage of 128 keys on even lists, and 3 % faster on ragged ones.
     (128, (64, 128), "bf16"): Variant(1, 128, 2, lone=True, registers=128),
-    (128, (128, 128), "int8_fp8"): Variant(2, 128, 3, pingpong=True, **SHARED),
+    (128, (128, 128), "int8_fp8"): Variant(2, 128, 3, pingpong=True, landmark=True, **SHARED),
     (128, (128, 128), "int8_bf16"): Variant(2, 128, 2, longest_first=True),
 }
 
