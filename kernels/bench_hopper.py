@@ -3,10 +3,11 @@
     python -m vdit_sparse.kernels.bench_hopper [--only GROUP ...] [--check] [--csv FILE]
 
 First every form computes a small problem, several at a time; then those that were right are timed
-in rounds, one form after the other and each time in another order, so that heat and power meet all
-alike; cuDNN's dense attention is among them, with the clock, the power and what holds the clock
-back while it works (nvidia-smi). Each result is printed as it comes; the table at the end has
-medians over the rounds, and how far these were apart. All GPU work is done by processes that are
+in rounds of one call each, in another order each time, so that the card's power limit, under which
+a hot form slows what comes after it, meets all alike; cuDNN's dense attention is among them, with
+the clock, the power and what holds the clock back while it works (nvidia-smi). The first round,
+which loads the kernels on a card that is still cool, is printed only; the table at the end has
+medians over the others, and how far these were apart. All GPU work is done by processes that are
 ended and replaced when a form fails or does not come back: that form is a line in the table, and
 the exit status is 1. Meant to take under 90 s in all on one H200 and 16 cores. TFLOP/s count the
 kept blocks only.
@@ -46,8 +47,7 @@ EVEN = [("local", 0.25), ("random", 0.25), ("local", 0.1), ("random", 0.1)]
 LARGEST_ERROR = {"bf16": 7e-3, "int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
 CHECK_SECONDS = 60  # of a small problem with its process's start and compiling; then it is hung
 TIME_SECONDS = 30  # of timing one form in one round
-ROUNDS = 4
-CALLS = 3  # timed in one round, after one
+ROUNDS = 12  # after the first
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,14 @@ def check(form: Form) -> str | None:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Median of a round's calls, after one."""
+    """Of one call, which is launched while another one runs."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
     call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(CALLS)]
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
+    start.record()
+    call()
+    end.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+    return start.elapsed_time(end)
 
 
 @cache
@@ -222,7 +221,7 @@ def cudnn(form: Form) -> dict:
     """Dense attention of cuDNN, and the state of the GPU while it works."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         ms = milliseconds(lambda: scaled_dot_product_attention(*tensors_of(form.dim)))
-        for _ in range(20):
+        for _ in range(8):
             scaled_dot_product_attention(*tensors_of(form.dim))
         state = gpu_state()
     place = {"pattern": "all", "density": 1.0}
@@ -296,13 +295,13 @@ def time_all(every: list[Form], wrong: dict[Form, str]) -> tuple[list[dict], int
     """All lines of the table, and how many forms failed; one that fails is in no later round."""
     right = with_dense([form for form in every if form not in wrong])
     found, faults, jobs = {form: [] for form in right}, dict(wrong), deque()
-    for count in range(ROUNDS):
+    for count in range(1 + ROUNDS):
         # The card's power limit holds the clock back after hot forms: each has other neighbours.
         random.Random(count).shuffle(right)
         jobs += [(count, form) for form in right]
     for (count, form), rows, fault in each(jobs, rows_of, 1, TIME_SECONDS):
         if fault is None:
-            found[form].append(rows)
+            found[form] += [rows] if count else []
             for row in rows:
                 print(count, line(row), flush=True)
             continue

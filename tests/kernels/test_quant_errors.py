@@ -51,7 +51,7 @@ def inputs(source: str, outlier: str, device, request):
     if source == "the model":
         tensors = request.getfixturevalue("of_the_model")
     else:
-        tensors = torch.randn(3, 1, 1, 200, int(source.split()[-1]))
+        tensors = torch.randn(3, 1, 4, 200, int(source.split()[-1]))
     tensors = [x.to(device, dtype, copy=True) for x in tensors]
     for name, x in zip("qkv", tensors, strict=True):
         if name in outlier:
