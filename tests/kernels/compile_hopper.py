@@ -51,6 +51,7 @@ ENDS = ("whole", "kv_len", "valid")
 PLAIN = (("persistent", False), ("longest_first", False), ("pingpong", False))
 MANY = (("persistent", True), ("longest_first", True))
 TURNS = (("pingpong", True),)
+LAZY, MARK = (("lazy", True),), (("landmark", True),)
 
 
 def builds(quick: bool) -> list[Build]:
@@ -75,6 +76,9 @@ def builds(quick: bool) -> list[Build]:
     found += [Build(D, blocks, skips=True) for D in (64, 128) for blocks in every]
     found += [Build(ends="valid", skips=True), Build(blocks=(64, 64), ends="kv_len", skips=True)]
     found += [Build(dtype="fp16")]
+    found += [Build(D, blocks, changes=LAZY) for D in (64, 128) for blocks in every]
+    found += [Build(changes=LAZY, ends=ends) for ends in ENDS[1:]]
+    found += [Build(precision=precision, changes=MARK) for precision in ("bf16", "int8_bf16")]
     found += [Build(D, changes=PLAIN, ends=ends) for D in (64, 128) for ends in ENDS[:2]]
     found += [Build(changes=TURNS), Build(blocks=(128, 64), changes=MANY)]
     found += [

@@ -16,7 +16,9 @@ class Variant:
     persistent: as many programs as fit the GPU, each of which takes tile after tile from a common
     counter and loads the next tile's queries early; pingpong: consumers start their products in
     turns; landmark: half of a step's exponentials before the wait for the values of the last one
-    (`parts.with_landmark`); longest_first: tiles of a head by falling length of their lists.
+    (`parts.with_landmark`); lazy: accumulators are rescaled only where a row's maximum has grown
+    by 2^8, not in fp8, whose weights have no room; longest_first: tiles of a head by falling length
+    of their lists.
     producer_registers: of a thread of the producer's warp; registers: of a thread when the program
     starts, before the warps trade them, or None.
     """
@@ -28,6 +30,7 @@ class Variant:
     persistent: bool = False
     pingpong: bool = False
     landmark: bool = False
+    lazy: bool = False
     longest_first: bool = False
     producer_registers: int = 24
     registers: int | None = None
@@ -57,6 +60,7 @@ class Variant:
             "PERSISTENT": self.persistent,
             "PINGPONG": self.pingpong,
             "LANDMARK": self.landmark,
+            "LAZY": self.lazy,
             "REGISTERS": 240,
             "PRODUCER_REGISTERS": self.producer_registers,
         }
