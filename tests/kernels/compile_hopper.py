@@ -48,10 +48,10 @@ class Build:
 NARROW = (("keys", 64), ("stages", 3), ("lone", False))
 LONE = (("stages", 2), ("lone", True))
 ENDS = ("whole", "kv_len", "valid")
-PLAIN = (("persistent", False), ("longest_first", False), ("pingpong", False))
+PLAIN = (("persistent", False), ("longest_first", False), ("pingpong", False), ("landmark", False))
 MANY = (("persistent", True), ("longest_first", True))
 TURNS = (("pingpong", True),)
-LAZY, MARK = (("lazy", True),), (("landmark", True),)
+MARK, NO_MARK = (("landmark", True),), (("landmark", False),)
 
 
 def builds(quick: bool) -> list[Build]:
@@ -76,9 +76,8 @@ def builds(quick: bool) -> list[Build]:
     found += [Build(D, blocks, skips=True) for D in (64, 128) for blocks in every]
     found += [Build(ends="valid", skips=True), Build(blocks=(64, 64), ends="kv_len", skips=True)]
     found += [Build(dtype="fp16")]
-    found += [Build(D, blocks, changes=LAZY) for D in (64, 128) for blocks in every]
-    found += [Build(changes=LAZY, ends=ends) for ends in ENDS[1:]]
-    found += [Build(precision=precision, changes=MARK) for precision in ("bf16", "int8_bf16")]
+    found += [Build(D, blocks, changes=MARK) for D in (64, 128) for blocks in every]
+    found += [Build(precision=precision, changes=NO_MARK) for precision in ("bf16", "int8_fp8")]
     found += [Build(D, changes=PLAIN, ends=ends) for D in (64, 128) for ends in ENDS[:2]]
     found += [Build(changes=TURNS), Build(blocks=(128, 64), changes=MANY)]
     found += [

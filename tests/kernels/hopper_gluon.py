@@ -142,8 +142,6 @@ def assembly(source, constraints, arguments, dtype, is_pure, pack):
     if source == AS_BYTES.value:
         words = arguments[0].as_subclass(torch.Tensor)[..., ::4].contiguous()
         return value(words.view(torch.float8_e4m3fn).float())
-    if "vote" in source:
-        return arguments[0] * arguments[1]
     assert "huge" in source, source
     return arguments[0]
 

@@ -44,7 +44,6 @@ FORMS = {
     "ping-pong": replace(WIDE, pingpong=True),
     "persistent ping-pong": replace(WIDE, persistent=True, pingpong=True, stages=3),
     "landmark": replace(WIDE, landmark=True),
-    "lazy": replace(WIDE, lazy=True),
     "longest first": replace(WIDE, longest_first=True),
     "persistent, longest first": replace(WIDE, longest_first=True, persistent=True),
     "steps of 64": replace(WIDE, keys=64, stages=4),
@@ -52,7 +51,6 @@ FORMS = {
     "one consumer, persistent": replace(THIN, persistent=True),
     "one stage": replace(THIN, keys=128, stages=1),
     "lone": replace(THIN, keys=128, stages=2, lone=True),
-    "lone, lazy": replace(THIN, keys=128, stages=2, lone=True, lazy=True),
     "lone, persistent": replace(THIN, keys=128, stages=2, lone=True, persistent=True),
 }
 PERSISTENT = [name for name, form in FORMS.items() if form.persistent]
@@ -82,19 +80,6 @@ def test_every_form_keeps_its_protocol(form, seed, poisoned, monkeypatch):
     attend_here(monkeypatch, seed, multiprocessors=1)
     q, k, v, mask = uneven(form.rows)
     result = launch(q, k, v, mask, 0.125, None, "bf16", form)
-    assert_attention(result, q, k, v, mask)
-
-
-@pytest.mark.parametrize("direction", [1, -1])
-@pytest.mark.parametrize("name", ["lazy", "lone, lazy"])
-def test_lazy_forms_follow_growing_maxima(name, direction, poisoned, monkeypatch):
-    """Maxima that grow by less and by more than the threshold from block to block, or fall."""
-    attend_here(monkeypatch)
-    q, k, v, mask = uneven(FORMS[name].rows)
-    grows = torch.linspace(0, 12, k.shape[2])[:, None]
-    q, k = q.abs(), (k + direction * grows).to(k.dtype)
-    scale = 0.125
-    result = launch(q, k, v, mask, scale, None, "bf16", FORMS[name])
     assert_attention(result, q, k, v, mask)
 
 

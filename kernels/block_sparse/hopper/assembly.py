@@ -41,34 +41,3 @@ def _in_place(count: int) -> str:
 # A thread's weights of steps of 64 and of 128 keys.
 LANDMARK_32, IN_PLACE_32 = gl.constexpr(_landmark(32)), gl.constexpr(_in_place(32))
 LANDMARK_64, IN_PLACE_64 = gl.constexpr(_landmark(64)), gl.constexpr(_in_place(64))
-
-
-def _rescaled(count: int) -> str:
-    """Accumulators times their rows' factors, of which a thread has two in turns of two numbers;
-    nothing is done where all of a warp's are 1."""
-    first, second = f"${2 * count}", f"${2 * count + 2}"
-    products = [f"mul.rn.f32 ${i}, ${i}, {(first, second)[i // 2 % 2]};" for i in range(count)]
-    return "\n".join(
-        [
-            "{",
-            ".reg .pred one, other;",
-            f"setp.neu.f32 one, {first}, 0f3F800000;",
-            f"setp.neu.or.f32 other, {second}, 0f3F800000, one;",
-            "vote.sync.any.pred one, other, -1;",
-            "@!one bra.uni unchanged;",
-            *products,
-            "unchanged:",
-            "}",
-        ]
-    )
-
-
-# A thread's accumulators of 64 and of 128 channels.
-RESCALED_32, WITH_FACTORS_32 = (
-    gl.constexpr(_rescaled(32)),
-    gl.constexpr(_in_place(32) + ",f" * 32),
-)
-RESCALED_64, WITH_FACTORS_64 = (
-    gl.constexpr(_rescaled(64)),
-    gl.constexpr(_in_place(64) + ",f" * 64),
-)

@@ -114,7 +114,7 @@ def _consume(
     strides, sizes, scale, skip_log2, tiles,
     W: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     BN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
-    PINGPONG: gl.constexpr, LANDMARK: gl.constexpr, LAZY: gl.constexpr,
+    PINGPONG: gl.constexpr, LANDMARK: gl.constexpr,
 ):  # fmt: skip
     """Attention of the 64 queries `W * 64 ...` of each tile."""
     VALID: gl.constexpr = valid_ptr is not None
@@ -180,7 +180,7 @@ def _consume(
         for i in range(1, 1 if SKIP else steps):
             state, real = step(
                 i, state, real, q, row, valid_ptr, k_scale_ptr, buffers, barriers, W, D, BLOCK_K,
-                BN, STAGES, S_L, O_L, P_L, number, PINGPONG, LANDMARK, LAZY,
+                BN, STAGES, S_L, O_L, P_L, number, PINGPONG, LANDMARK,
             )  # fmt: skip
         acc, p, peak, total, alpha, slot, phase, turn, _key_scale, _block = state
         if PERSISTENT and not SKIP:
@@ -240,7 +240,7 @@ def hopper_forward(
     idx_b, idx_h, idx_q, cnt_b, cnt_h, cnt_q, H, S, keys, nk, tiles, scale, skip_log2,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
-    PERSISTENT: gl.constexpr, PINGPONG: gl.constexpr, LANDMARK: gl.constexpr, LAZY: gl.constexpr,
+    PERSISTENT: gl.constexpr, PINGPONG: gl.constexpr, LANDMARK: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `block_sparse_attention`. Descriptors are 4-D. q_scale_ptr, k_scale_ptr, shift_ptr: of
@@ -298,12 +298,12 @@ def hopper_forward(
                 (_consume, (
                     descriptors, buffers, barriers, numbers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, LANDMARK, LAZY,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, LANDMARK,
                 )),
                 (_consume, (
                     descriptors, buffers, barriers, numbers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 1, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, LANDMARK, LAZY,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, PINGPONG, LANDMARK,
                 )),
                 (_produce, (
                     descriptors, buffers, barriers, numbers, taken_ptr, lists, strides, sizes,
@@ -319,7 +319,7 @@ def hopper_forward(
                 (_consume, (
                     descriptors, buffers, barriers, numbers, o_smem, scales, lists, valid_ptr,
                     skips_ptr, lse_ptr, strides, sizes, scale, skip_log2, tiles, 0, D, BLOCK_Q,
-                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, False, LANDMARK, LAZY,
+                    BLOCK_K, BN, CONSUMERS, STAGES, PERSISTENT, False, LANDMARK,
                 )),
                 (_produce, (
                     descriptors, buffers, barriers, numbers, taken_ptr, lists, strides, sizes,

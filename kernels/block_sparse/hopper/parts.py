@@ -11,10 +11,6 @@ from vdit_sparse.kernels.block_sparse.hopper.assembly import (
     IN_PLACE_64,
     LANDMARK_32,
     LANDMARK_64,
-    RESCALED_32,
-    RESCALED_64,
-    WITH_FACTORS_32,
-    WITH_FACTORS_64,
 )
 
 ROWS = gl.constexpr(64)  # queries of a consumer
@@ -22,8 +18,6 @@ LOG2_448 = gl.constexpr(8.807354922057604)  # of the largest number of e4m3
 # Of the factor of integer scores: a block of zeros has a scale so small that a product of two is 0,
 # and -inf * 0 is nan.
 SMALLEST = gl.constexpr(1e-30)
-# How far a row's maximum may grow, in log2 units, before its weights are taken down to 1 again.
-GROWTH = gl.constexpr(8.0)
 OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23, of integer scores as floating-point numbers
 
 
@@ -283,20 +277,3 @@ def operand_of(words, P: gl.constexpr):
     return gl.inline_asm_elementwise(
         AS_BYTES, "=r,r,r,r,r", [copies], gl.float8e4nv, is_pure=True, pack=4
     )
-
-
-@gluon.jit
-def rescaled(acc, alpha, LAZY: gl.constexpr):
-    """acc times the factor of each row; LAZY: warps whose rows all have 1 leave theirs alone."""
-    factors = alpha[:, None] + gl.zeros_like(acc)
-    if not LAZY:
-        acc = acc * factors
-    elif acc.shape[1] == 64:
-        acc = gl.inline_asm_elementwise(
-            RESCALED_32, WITH_FACTORS_32, [acc, factors], gl.float32, is_pure=False, pack=32
-        )
-    else:
-        acc = gl.inline_asm_elementwise(
-            RESCALED_64, WITH_FACTORS_64, [acc, factors], gl.float32, is_pure=False, pack=64
-        )
-    return acc

@@ -11,7 +11,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from vdit_sparse.kernels.block_sparse.hopper.parts import (
-    GROWTH,
     ROWS,
     SMALLEST,
     advance,
@@ -20,7 +19,6 @@ from vdit_sparse.kernels.block_sparse.hopper.parts import (
     operand_of,
     peak_of,
     real_in_step,
-    rescaled,
     scores_of,
     step_at,
     weights_of,
@@ -60,7 +58,7 @@ def step(
     i, state, real_last, q, row, valid_ptr, k_scale_ptr, buffers, barriers,
     W: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr, P_L: gl.constexpr,
-    number: gl.constexpr, PINGPONG: gl.constexpr, LANDMARK: gl.constexpr, LAZY: gl.constexpr,
+    number: gl.constexpr, PINGPONG: gl.constexpr, LANDMARK: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of step `i`, values of the one before, of whose keys `real_last` are real;
     the new state, and how many keys of this step are real."""
@@ -103,8 +101,7 @@ def step(
     mbarrier.arrive(k_empty.index(k_slot))
     if VALID:
         scores = masked(scores_of(scores), real, S_L, BN)
-    top = peak_of(scores, factor, S_L, INT8, FP8)
-    peak_new = gl.where(top > peak + GROWTH, top, peak) if LAZY else gl.maximum(peak, top)
+    peak_new = gl.maximum(peak, peak_of(scores, factor, S_L, INT8, FP8))
     p, sums, peak_new, shift = weights_of(
         scores, factor, peak_new, P_L, number, INT8, LANDMARK, VALID
     )
@@ -117,7 +114,7 @@ def step(
         p = words_of(p)
         acc = acc * alpha[:, None] + product
     else:
-        acc = rescaled(product, alpha_new, LAZY)
+        acc = product * alpha_new[:, None]
     return (acc, p, peak_new, total, alpha_new, slot, phase, turn, key_scale, block), real
 
 

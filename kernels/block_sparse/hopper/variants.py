@@ -16,9 +16,7 @@ class Variant:
     persistent: as many programs as fit the GPU, each of which takes tile after tile from a common
     counter and loads the next tile's queries early; pingpong: consumers start their products in
     turns; landmark: half of a step's exponentials before the wait for the values of the last one
-    (`parts.with_landmark`); lazy: accumulators are rescaled only where a row's maximum has grown
-    by 2^8, not in fp8, whose weights have no room; longest_first: tiles of a head by falling length
-    of their lists.
+    (`parts.with_landmark`); longest_first: tiles of a head by falling length of their lists.
     producer_registers: of a thread of the producer's warp; registers: of a thread when the program
     starts, before the warps trade them, or None.
     """
@@ -30,7 +28,6 @@ class Variant:
     persistent: bool = False
     pingpong: bool = False
     landmark: bool = False
-    lazy: bool = False
     longest_first: bool = False
     producer_registers: int = 24
     registers: int | None = None
@@ -60,7 +57,6 @@ class Variant:
             "PERSISTENT": self.persistent,
             "PINGPONG": self.pingpong,
             "LANDMARK": self.landmark,
-            "LAZY": self.lazy,
             "REGISTERS": 240,
             "PRODUCER_REGISTERS": self.producer_registers,
         }
@@ -78,13 +74,13 @@ SINGLES = {128: Variant(1, 64, 3, registers=128), 64: Variant(1, 128, 2, registe
 # What was faster where it was measured, all without masked slots: (D, blocks, precision) -> form.
 SHARED = {"persistent": True, "longest_first": True}
 FASTER = {
-    (128, (128, 128), "bf16"): Variant(2, 128, 2, **SHARED),
-    (64, (128, 128), "bf16"): Variant(2, 128, 3, **SHARED),
+    (128, (128, 128), "bf16"): Variant(2, 128, 2, landmark=True, **SHARED),
+    (64, (128, 128), "bf16"): Variant(2, 128, 3, pingpong=True, **SHARED),
     (128, (128, 64), "bf16"): Variant(2, 64, 3, **SHARED),
     # As fast as one stage of 128 keys on even lists, and 3 % faster on ragged ones.
     (128, (64, 128), "bf16"): Variant(1, 128, 2, lone=True, registers=128),
     (128, (128, 128), "int8_fp8"): Variant(2, 128, 3, pingpong=True, landmark=True, **SHARED),
-    (128, (128, 128), "int8_bf16"): Variant(2, 128, 2, longest_first=True),
+    (128, (128, 128), "int8_bf16"): Variant(2, 128, 2, landmark=True, **SHARED),
 }
 
 
