@@ -55,7 +55,7 @@ def _joint(
     rotary: tuple[Tensor, Tensor] | None,
 ) -> Triple:
     """Queries, keys (after norm and RoPE) and values of video and text, `[B, S, H, D]`; in one
-    pass where the call is sparse and on a GPU (`is_one_pass`)."""
+    pass on a GPU where the call is sparse or compiled (`is_one_pass`)."""
     two_streams = attn.add_q_proj is not None
     hidden_states = video if two_streams else torch.cat([video, text], dim=1)
     query, key, value = parts = project(attn, hidden_states)

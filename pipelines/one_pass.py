@@ -17,17 +17,16 @@ def is_one_pass(
 ) -> bool:
     """Whether the one pass may stand in for `norms` of queries as projected, and for their RoPE.
 
-    Only where the method is sparse: it rounds as diffusers does, but not always to the same bit,
-    and a dense call is promised to equal stock. Not in a compiled graph, which serves both, and
-    where the compiler makes one pass by itself. The norms must be of class `kind`, with weights
-    that are there, and nothing may stand around their `forward`.
+    It rounds as diffusers does, but not always to the same bit, and a dense eager call is promised
+    to equal stock: there only where the method is sparse. In a compiled graph, which serves dense
+    and sparse calls and whose compiler rounds in its own places, always. The norms must be of class
+    `kind`, with weights that are there, and nothing may stand around their `forward`.
     """
     return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
         and all(_is_bare(norm, kind) and norm.eps == norms[0].eps for norm in norms)
         and all(why_not(query, norm.weight, rotary) is None for norm in norms)
-        and processor.is_sparse()
+        and (torch.compiler.is_compiling() or processor.is_sparse())
     )
 
 

@@ -36,7 +36,7 @@ def query_key_value(
     processor: SparseAttnProcessor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys (after norm and RoPE) and values of a self-attention layer, `[B, S, H, D]`;
-    in one pass where the processor's call is sparse and on a GPU (`is_one_pass`)."""
+    in one pass on a GPU where the processor's call is sparse or compiled (`is_one_pass`)."""
     query, key, value = _get_qkv_projections(attn, hidden_states, None)
     norms = attn.norm_q, attn.norm_k
     if processor and is_one_pass(processor, query, norms, torch.nn.RMSNorm, rotary_emb):
