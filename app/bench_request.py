@@ -13,7 +13,11 @@ from vdit_sparse.kernels.bench.problem import PATTERNS, SHAPES
 from vdit_sparse.kernels.block_mask import BLOCK_SIZES
 from vdit_sparse.kernels.block_sparse import PRECISIONS
 from vdit_sparse.methods import METHODS
+from vdit_sparse.pipelines.checkpoints import Checkpoint
 from vdit_sparse.pipelines.random_model import SIZES
+
+# PFLOP of a forward's attention, a few minutes of two cores.
+LARGEST_UNASKED = 0.02
 
 
 def parse_model(words: dict) -> ModelBench:
@@ -29,6 +33,8 @@ def parse_model(words: dict) -> ModelBench:
     on_gpu = device.type == "cuda"
     layers = size.layers if words["layers"] is None else words["layers"]
     at_least_one(layers=layers, rounds=words["rounds"])
+    if not on_gpu and words["device"] is None:
+        _check_patience(size, video, layers)
     return ModelBench(
         size=size,
         video=video,
@@ -44,6 +50,18 @@ def parse_model(words: dict) -> ModelBench:
         rounds=words["rounds"],
         kernels=words["kernels"],
     )
+
+
+def _check_patience(size: Checkpoint, video: tuple[int, int, int], layers: int) -> None:
+    """Raises InputError for forwards that take a CPU longer than anyone waits unasked."""
+    tokens = size.grid(*video).tokens
+    pflop = 4 * tokens**2 * size.heads * size.head_dim * layers / 1e15
+    if pflop > LARGEST_UNASKED:
+        raise InputError(
+            f"There is no GPU here, and the attention of one dense forward of {layers} layers at "
+            f"{tokens:,} tokens is {pflop:,.1f} PFLOP: hours on a CPU. Give a smaller --size, "
+            "--frames or --layers, or --device cpu to run it all the same."
+        )
 
 
 def _dense_backends(on_gpu: bool, masked: bool) -> list[str]:

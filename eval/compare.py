@@ -11,8 +11,9 @@ same batch, on frames as they come from the decoder. A run that is in rows.jsonl
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,16 +51,18 @@ PROBED = 4  # prompts of the run that measures errors and planning
 
 @dataclass(frozen=True)
 class Trial:
-    """One row: `name` of the method or control, its settings, and which density it aims at."""
+    """One row: `name` of the method or control, its settings, and which density it aims at;
+    prepare: makes the file that the method needs, and is not called for a row that is known."""
 
     name: str
     method: SparseAttention
     target: float | None = None
+    prepare: Callable[[], object] | None = None
 
 
 def trials(pipe, inputs: dict, folder: Path, densities: tuple[float, ...]) -> Iterator[Trial]:
-    """The methods near each density; calibrated ones are calibrated when their turn comes. Radial
-    and Re-ttention have the densities that their geometry allows."""
+    """The methods near each density. Radial and Re-ttention have the densities that their geometry
+    allows."""
     for fields in (
         {"d1": "half", "sink_frames": 0},
         {"d1": "half"},
@@ -77,13 +80,18 @@ def trials(pipe, inputs: dict, folder: Path, densities: tuple[float, ...]) -> It
         yield Trial("draft", DraftAttention(**fields, pool=(16, 4)), density)
         for name, kind, search in _searches(density):
             file = folder / f"{name}-{inputs['num_frames']}-{density}.safetensors"
-            if not file.exists():
-                calibrate(pipe, search, *_calibration_prompts(), out=file, **_sizes(inputs))
+            prepare = partial(_calibrated, pipe, search, file, inputs)
             method = kind(calibration=str(file), dense_steps=DENSE_STEPS)
-            yield Trial(name, method, density)
+            yield Trial(name, method, density, prepare)
             if name == "paro" and density == EIGHT_BITS_AT:
                 for precision in PRECISIONS[1:]:
-                    yield Trial(name, replace(method, precision=precision), density)
+                    yield Trial(name, replace(method, precision=precision), density, prepare)
+
+
+def _calibrated(pipe, search, file: Path, inputs: dict) -> None:
+    """Makes the file, if it is not there."""
+    if not file.exists():
+        calibrate(pipe, search, *_calibration_prompts(), out=file, **_sizes(inputs))
 
 
 def _searches(density: float):
@@ -130,6 +138,8 @@ class Comparison:
         known = self._known(trial.name, trial.method)
         if known is not None:
             return known
+        if trial.prepare is not None:
+            trial.prepare()
         warm_up(self.pipe, trial.method, self.inputs)
         apply(self.pipe, trial.method)
         frames, clock = self._run()

@@ -1,6 +1,7 @@
 """The bar's arithmetic, and that uniform settings keep to the density they are listed for."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -120,9 +121,10 @@ def test_a_leaderboard_goes_on_where_it_was_cut_off(tmp_path, device, monkeypatc
     settings = {name: WAN_CALL[name] for name in names} | {"max_sequence_length": 16}
     pipe = tiny_wan().to(device)
     pipe.generation = {**settings, "fps": 8}
+    prepared = []
     every = [
-        Trial("draft", DraftAttention(block=64, density=0.5), 0.5),
-        Trial("adaspa", AdaSpaAttention(block=64, density=0.5), 0.5),
+        Trial(name, kind(block=64, density=0.5), 0.5, partial(prepared.append, name))
+        for name, kind in (("draft", DraftAttention), ("adaspa", AdaSpaAttention))
     ]
     monkeypatch.setattr(leaderboard, "load_pipeline", lambda: pipe)
     monkeypatch.setattr(leaderboard, "prompts_of", lambda names: ["a cat", "a dog"])
@@ -132,5 +134,6 @@ def test_a_leaderboard_goes_on_where_it_was_cut_off(tmp_path, device, monkeypatc
         page = leaderboard.board(asked)
         assert page.count("\n| draft |") == 1
     assert page.count("\n| adaspa |") == 1 and "2 prompts of the grammar" in page
-    # Dense attention and both methods: nothing was run twice.
+    # Dense attention and both methods: nothing was run, nor calibrated for, twice.
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
+    assert prepared == ["draft", "adaspa"]
