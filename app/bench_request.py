@@ -59,8 +59,8 @@ def _check_patience(size: Checkpoint, video: tuple[int, int, int], layers: int) 
     if pflop > LARGEST_UNASKED:
         raise InputError(
             f"There is no GPU here, and the attention of one dense forward of {layers} layers at "
-            f"{tokens:,} tokens is {pflop:,.1f} PFLOP: hours on a CPU. Give a smaller --size, "
-            "--frames or --layers, or --device cpu to run it all the same."
+            f"{tokens:,} tokens is {pflop:,.2f} PFLOP, too much to begin on a CPU unasked. Give a "
+            "smaller --size, --frames or --layers, or --device cpu to run it all the same."
         )
 
 

@@ -39,8 +39,6 @@ from vdit_sparse.kernels.block_sparse.reference import forward as reference_forw
 
 WIDE = {"heads": 24, "tokens": 32768, "dim": 128}
 NARROW = {"heads": 16, "tokens": 45056, "dim": 64}
-MANY = {"persistent": True, "longest_first": True}
-LONGEST = {"longest_first": True}
 TURNS, NO_TURNS = {"pingpong": True}, {"pingpong": False}
 MARK, NO_MARK = {"landmark": True}, {"landmark": False}
 EVEN = [("local", 0.25), ("random", 0.25), ("local", 0.1), ("random", 0.1)]
@@ -70,8 +68,8 @@ class Form:
 
 def forms(groups: list[str]) -> list[Form]:
     """Every form of the groups asked for."""
-    # As they are, all four are `MANY` and all but the narrow one have the landmark; that one and
-    # `int8_fp8` have turns.
+    # As they are, all four take tiles from a counter, longest lists first; all but the narrow one
+    # have the landmark, that one and `int8_fp8` turns.
     wide = [{}, NO_MARK, TURNS]
     narrow = [{}, NO_TURNS, MARK]
     eight = [{}, NO_TURNS, NO_MARK]

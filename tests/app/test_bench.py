@@ -256,7 +256,7 @@ def test_bad_requests_end_in_one_line(words, message, cli):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would be measured")
 def test_a_forward_of_hours_is_refused_unless_asked_for(cli):
     asked = ("bench", "model", "--model", "wan2.1-14b", "--layers", "2")
-    check_bad(cli(*asked), "2 layers at 75,600 tokens is 0.2 PFLOP: hours on a CPU")
+    check_bad(cli(*asked), "2 layers at 75,600 tokens is 0.23 PFLOP, too much")
 
 
 @pytest.mark.parametrize(
