@@ -32,6 +32,11 @@ BACKENDS = {
 }
 
 
+# Tokens whose numbers say how strong a channel is: the first SAMPLED of each EVERY.
+SAMPLED, EVERY = 32, 256
+LARGEST_BALANCE = 3  # exponent
+
+
 @dataclass(frozen=True, eq=False)
 class Quantized:
     """8-bit numbers and the steps between them; contiguous.
@@ -51,12 +56,13 @@ class Quantized:
 
 @dataclass(frozen=True, eq=False)
 class Smoothed:
-    """Queries and keys of an attention call, quantised after the mean key was taken off the keys
-    and both were rotated (`rotate`).
+    """Queries and keys of an attention call, quantised after the mean key was taken off the keys,
+    channels of both were balanced, and both were rotated (`rotate`).
 
     q, k: `Quantized`, int8 `[B, H, blocks * block, D]` with a scale per block, zero in the slots
         past the end and in masked ones.
-    mean: fp32 `[B, H, D]`, the mean key, not rotated.
+    mean: fp32 `[B, H, D]`, the mean key, neither balanced nor rotated.
+    balance: fp32 `[B, H, D]`, powers of two by which q was multiplied and k divided.
     shift: fp32 `[B, H, S]`, q . mean, what each query's products with all keys have lost. A softmax
         does not see it; the logarithm of its sum has to get scale * shift back.
     """
@@ -64,6 +70,7 @@ class Smoothed:
     q: Quantized
     k: Quantized
     mean: Tensor
+    balance: Tensor
     shift: Tensor
 
 
@@ -86,11 +93,15 @@ def smooth_quantize(
     scale = amax / 127, values = round(x * (1 / scale)), ties to even. The mean over the real keys,
     per (batch, head, channel), is taken off the keys before ("K smoothing", SageAttention, arXiv
     2410.02367), so that an offset common to all keys costs no bits. We differ: the blocks are the
-    mask's, neither 1/sqrt(D) nor log2(e) is folded into the scales of Q, and q and k are rotated by
-    the same orthogonal matrix (`rotate`), which leaves their products as they are and spreads a
-    channel that is larger than all others over many.
-    Numbers of real keys must be finite. A number of q that is not finite counts as 0, so that a
-    padded query harms no other one of its block.
+    mask's, neither 1/sqrt(D) nor log2(e) is folded into the scales of Q, and two changes leave the
+    products of q and k as they are. Channels of q are multiplied, and those of k divided, by what
+    makes both equally strong, as SmoothQuant (arXiv 2211.10438, equation 4) does with activations
+    and weights: the fourth root of the ratio of their mean squares over the real tokens among the
+    first `SAMPLED` of each `EVERY`, rounded to a power of two from 1/8 to 8, so that no bit is
+    lost; we differ in mean squares for largest magnitudes. Then q and k are rotated by the same
+    orthogonal matrix (`rotate`), which spreads a channel that is larger than all others over many.
+    Numbers of real keys must be finite. A number of q that is not finite, or at least 2^124, counts
+    as 0, so that a padded query harms no other one of its block.
     Raises ValueError or TypeError for other shapes, dtypes and strides.
     """
     _check(q, "q", block_q)
@@ -102,8 +113,10 @@ def smooth_quantize(
     real = _checked_real(k, real)
     module = choose(BACKENDS, backend, q, torch.int8)
     mean = module.mean_key(k, real)
-    queries, shift = module.quantize_queries(q, block_q, mean)
-    return Smoothed(queries, module.quantize_keys(k, block_k, mean, real), mean, shift)
+    balance = module.balance_of(q, k, mean, real)
+    queries, shift = module.quantize_queries(q, block_q, mean, balance)
+    keys = module.quantize_keys(k, block_k, mean, balance, real)
+    return Smoothed(queries, keys, mean, balance, shift)
 
 
 def rotate(x: Tensor) -> Tensor:

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vdit_sparse.kernels.quant import Quantized, rotate
+from vdit_sparse.kernels.quant import EVERY, LARGEST_BALANCE, SAMPLED, Quantized, rotate
 
 INT8_LARGEST = 127
 E4M3_LARGEST = 448
+# A query's number from here on may leave its dtype when it is balanced.
+HUGE = 2.0**124
 # Keeps the scale of a block of zeros from being zero.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
@@ -24,16 +26,36 @@ def mean_key(k: Tensor, real: Tensor | None) -> Tensor:
     return _real_only(k, real).sum(2) / real.sum(1).clamp(min=1)[:, None, None]
 
 
-def quantize_queries(q: Tensor, block: int, mean: Tensor) -> tuple[Quantized, Tensor]:
-    """INT8 queries and q . mean, see `smooth_quantize`."""
+def balance_of(q: Tensor, k: Tensor, mean: Tensor, real: Tensor | None) -> Tensor:
+    """Powers of two that make channels of q and k about equally strong, fp32 `[B, H, D]`: see
+    `smooth_quantize`."""
+    queries, keys = (torch.arange(x.shape[2], device=x.device) % EVERY < SAMPLED for x in (q, k))
+    q, k = q[:, :, queries].float(), k[:, :, keys].float() - mean[:, :, None]
+    count = k.shape[2]
+    if real is not None:
+        real = real[:, keys]
+        k, count = _real_only(k, real), real.sum(1)[:, None, None]
+    of_q = _no_huge(q).square().sum(2) / q.shape[2]
+    exponent = (0.25 * (k.square().sum(2) / count / of_q).log2() + 0.5).floor()
+    # Of zeros alone on either side or both, nothing is known.
+    exponent = exponent.where(exponent.isfinite(), 0)
+    return exponent.clamp(-LARGEST_BALANCE, LARGEST_BALANCE).exp2()
+
+
+def quantize_queries(
+    q: Tensor, block: int, mean: Tensor, balance: Tensor
+) -> tuple[Quantized, Tensor]:
+    """INT8 queries times balance, and q . mean, see `smooth_quantize`."""
     q = q.float()
     shift = (q @ mean[..., None]).squeeze(-1)
-    return _quantize_blocks(rotate(torch.where(q.isfinite(), q, 0)), block), shift
+    return _quantize_blocks(rotate(_no_huge(q) * balance[:, :, None]), block), shift
 
 
-def quantize_keys(k: Tensor, block: int, mean: Tensor, real: Tensor | None) -> Quantized:
-    """INT8 keys less their mean, see `smooth_quantize`."""
-    k = k.float() - mean[:, :, None]
+def quantize_keys(
+    k: Tensor, block: int, mean: Tensor, balance: Tensor, real: Tensor | None
+) -> Quantized:
+    """INT8 keys less their mean, divided by balance, see `smooth_quantize`."""
+    k = (k.float() - mean[:, :, None]) / balance[:, :, None]
     return _quantize_blocks(rotate(k if real is None else _real_only(k, real)), block)
 
 
@@ -66,6 +88,11 @@ def _quantize_blocks(x: Tensor, block: int) -> Quantized:
 
 def _whole_blocks(x: Tensor, block: int) -> Tensor:
     return pad(x, (0, 0, 0, -x.shape[2] % block))
+
+
+def _no_huge(q: Tensor) -> Tensor:
+    """q with zeros in the place of numbers that are huge or not finite."""
+    return torch.where(q.abs() < HUGE, q, 0)
 
 
 def _real_only(x: Tensor, real: Tensor) -> Tensor:

@@ -32,16 +32,21 @@ KERNELS = {
     "int8_fp8": int8_forward,
     "mass": block_mass_forward,
     "statistics": quant.channel_statistics,
+    "squares": quant.sampled_squares,
+    "balance": quant.balance_channels,
+    "mean": quant.rotate_mean,
     "queries": quant.quantize_rows,
     "keys": quant.quantize_rows,
     "values": quant.quantize_columns,
 }
-QUANT = ("statistics", "queries", "keys", "values")
+QUANT = ("statistics", "squares", "balance", "mean", "queries", "keys", "values")
 NO_FP8 = ("sm_80", "gfx942")
 INT32 = ("idx_ptr", "cnt_ptr", "valid_ptr", "kv_len_ptr", "skips_ptr")
+SCALARS = ("smallest", "huge", "q_count", "k_count")
 FP32 = (
     "lse_ptr",
     "mean_ptr",
+    "balance_ptr",
     "scale_ptr",
     "inverse_ptr",
     "shift_ptr",
@@ -134,7 +139,7 @@ def tile_for(variant: Variant) -> tiles.Tile:
     itemsize = 4 if variant.dtype == "fp32" else 2
     fits = D in (64, 128) and variant.descriptors
     if name in QUANT:
-        rows = quant.VALUE_ROWS if name == "values" else block
+        rows = {"values": quant.VALUE_ROWS, "squares": quant.SAMPLED}.get(name, block)
         limit = quant.limit_of(arch, D) if name in ("queries", "keys") else {}
         return tiles.Tile(rows, block, quant.WARPS, 3, registers=limit.get("maxnreg"))
     if name == "int8_fp8":
@@ -188,7 +193,7 @@ def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
     if variant.ends != "skip":
         constants["skips_ptr"] = None
     if variant.ends != "valid":
-        constants |= {"valid_ptr": None, "real_ptr": None}
+        constants |= {"valid_ptr": None, "real_ptr": None, "count_ptr": None}
     if variant.kernel == "int8_bf16":
         constants["v_scale_ptr"] = None
     if variant.kernel == "keys":
@@ -220,14 +225,14 @@ def _type(name: str, variant: Variant, tile: tiles.Tile, width: int) -> str:
         return f"tensordesc<{_number(name, variant)}[1, 1, {shape[0]}, {shape[1]}]>"
     if name.endswith("_ptr"):
         return f"*{_number(name, variant)}"
-    return "fp32" if name in ("scale", "scale_log2", "skip_log2", "smallest") else "i32"
+    return "fp32" if name in ("scale", "scale_log2", "skip_log2", *SCALARS) else "i32"
 
 
 def _number(name: str, variant: Variant) -> str:
     """The dtype of what a pointer or descriptor reads."""
     kernel = variant.kernel
-    if name in FP32 or (name == "out_ptr" and kernel in ("mass", "statistics")):
-        return "fp32"
+    if name in FP32 or (name == "out_ptr" and kernel in ("mass", *QUANT)) or kernel == "balance":
+        return "i64" if name == "count_ptr" else "fp32"
     if name[0] in "qk" and name[1] == "_" and "int8" in kernel:
         return "i8"
     if name == "values_ptr":

@@ -60,8 +60,9 @@ def test_queries_and_smoothed_keys(shape, block, dtype, backend, device):
     pair = smooth_quantize(q, k, block, block, backend=backend)
     mean = k.double().mean(2)
     torch.testing.assert_close(pair.mean.double(), mean, rtol=1e-5, atol=1e-6)
-    assert_int8(pair.q, q.double(), block)
-    assert_int8(pair.k, k.double() - pair.mean.double()[:, :, None], block)
+    balance = pair.balance.double()[:, :, None]
+    assert_int8(pair.q, q.double() * balance, block)
+    assert_int8(pair.k, (k.double() - pair.mean.double()[:, :, None]) / balance, block)
     shift = (q.double() @ mean[..., None]).squeeze(-1)
     torch.testing.assert_close(pair.shift.double(), shift, rtol=1e-4, atol=1e-4)
 
@@ -102,18 +103,44 @@ def test_triton_rounds_as_the_reference(shape, block, device):
     from vdit_sparse.kernels.quant import triton
 
     x, mean = normal(shape, device), normal((shape[0], shape[1], shape[3]), device)
+    balance = torch.randint(-3, 4, mean.shape).to(device).float().exp2()
     # Ties: halves of a step of 1, which amax = 127 makes.
     x[..., 0, :] = torch.arange(shape[3], device=device) + 0.5
     x[..., 1, 0] = 127
     real = torch.rand(shape[0], shape[2], device=device) < 0.7
     pairs = [
-        (module.quantize_keys(x, block, mean, real), module.quantize_queries(x, block, mean)[0])
-        + (module.quantize_channels(x, block, real),)
+        (
+            module.quantize_keys(x, block, mean, balance, real),
+            module.quantize_queries(x, block, mean, balance)[0],
+            module.quantize_channels(x, block, real),
+        )
         for module in (triton, reference)
     ]
     for ours, expected in zip(*pairs, strict=True):
         assert torch.equal(ours.values.view(torch.int8), expected.values.view(torch.int8))
         assert torch.equal(ours.scale, expected.scale)
+
+
+@each_backend
+@pytest.mark.parametrize("real", [None, "shared", "per batch row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_balance_makes_channels_equally_strong(dtype, real, backend, device):
+    """By a power of two, whatever is hidden, not finite or outside of the samples."""
+    powers = torch.tensor([0, 1, -2, 3, -3, 5, -9, 0.2, 0.8, 0, 0, 0, 0, 0, 0, 0], device=device)
+    q, k = normal((2, 2, 300, 16), device, dtype), normal((2, 2, 300, 16), device, dtype)
+    q = (q * (-powers).exp2()).to(dtype)
+    k = (k * powers.exp2()).to(dtype)
+    k[..., 0] += 1
+    if real is not None:
+        real = torch.rand(2 if real != "shared" else 1, 300, device=device) < 0.7
+        k = k.masked_fill(~real.expand(2, 300)[:, None, :, None], torch.nan)
+    q[0, 1, 5, 3] = torch.inf
+    q[..., 14], k[..., 15] = 0, 1
+    q[:, :, 40:250], k[:, :, 33:255, 9] = 7, 1
+    got = smooth_quantize(q, k, 64, 64, real=real, backend=backend).balance
+    expected = torch.tensor([0, 1, -2, 3, -3, 3, -3, 0, 1], device=device).exp2()
+    assert torch.equal(got[..., :9], expected.expand(2, 2, 9))
+    assert torch.equal(got[..., 14:], torch.ones(2, 2, 2, device=device))
 
 
 @each_backend
