@@ -127,13 +127,13 @@ def balance_channels(
     q_ptr, k_ptr, count_ptr, out_ptr, H, q_parts, k_parts, q_count, k_count,
     LARGEST: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """`reference.balance_of` of one head, from its `sampled_squares`. count_ptr: int64 `[B]`, how
+    """`reference.balance_of` of one head, from its `sampled_squares`. count_ptr: fp32 `[B]`, how
     many keys there are in those, or None: k_count in all."""
     head = tl.program_id(0).to(tl.int64)
     of_q = _sum_of_parts(q_ptr + head * q_parts * D, q_parts, D, BD)
     of_k = _sum_of_parts(k_ptr + head * k_parts * D, k_parts, D, BD)
     if count_ptr is not None:
-        k_count = tl.load(count_ptr + head // H).to(tl.float32)
+        k_count = tl.load(count_ptr + tl.program_id(0) // H)
     exponent = tl.floor(0.25 * tl.log2(of_k / k_count / (of_q / q_count)) + 0.5)
     exponent = tl.where(tl.abs(exponent) < float("inf"), exponent, 0.0)
     exponent = tl.minimum(tl.maximum(exponent, -LARGEST * 1.0), LARGEST * 1.0)
@@ -248,7 +248,11 @@ def balance_of(q: Tensor, k: Tensor, mean: Tensor, real: Tensor | None) -> Tenso
     of_q, of_k = _squares(q, None, None), _squares(k, real, mean)
     count = None
     if real is not None:
-        count = real[:, torch.arange(N, device=k.device) % EVERY < SAMPLED].sum(1).expand(B)
+        count = (
+            real[:, torch.arange(N, device=k.device) % EVERY < SAMPLED]
+            .sum(1, dtype=torch.float32)
+            .expand(B)
+        )
         count = count.contiguous()
     out = torch.empty_like(mean)
     with torch.cuda.device_of(q):

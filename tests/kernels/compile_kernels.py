@@ -141,7 +141,8 @@ def tile_for(variant: Variant) -> tiles.Tile:
     if name in QUANT:
         rows = {"values": quant.VALUE_ROWS, "squares": quant.SAMPLED}.get(name, block)
         limit = quant.limit_of(arch, D) if name in ("queries", "keys") else {}
-        return tiles.Tile(rows, block, quant.WARPS, 3, registers=limit.get("maxnreg"))
+        warps = 4 if name in ("balance", "mean") else quant.WARPS
+        return tiles.Tile(rows, block, warps, 3, registers=limit.get("maxnreg"))
     if name == "int8_fp8":
         fits = fits and int(arch.removeprefix("sm_")) >= 90
         return int8_tile(arch, D, itemsize, (block,) * 2, fits, name)
@@ -232,7 +233,7 @@ def _number(name: str, variant: Variant) -> str:
     """The dtype of what a pointer or descriptor reads."""
     kernel = variant.kernel
     if name in FP32 or (name == "out_ptr" and kernel in ("mass", *QUANT)) or kernel == "balance":
-        return "i64" if name == "count_ptr" else "fp32"
+        return "fp32"
     if name[0] in "qk" and name[1] == "_" and "int8" in kernel:
         return "i8"
     if name == "values_ptr":
