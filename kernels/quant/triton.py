@@ -248,12 +248,9 @@ def balance_of(q: Tensor, k: Tensor, mean: Tensor, real: Tensor | None) -> Tenso
     of_q, of_k = _squares(q, None, None), _squares(k, real, mean)
     count = None
     if real is not None:
-        count = (
-            real[:, torch.arange(N, device=k.device) % EVERY < SAMPLED]
-            .sum(1, dtype=torch.float32)
-            .expand(B)
-        )
-        count = count.contiguous()
+        # Not by indexing, for which a GPU would have to be waited for.
+        sampled = torch.arange(N, device=k.device) % EVERY < SAMPLED
+        count = (real & sampled).sum(1, dtype=torch.float32).expand(B).contiguous()
     out = torch.empty_like(mean)
     with torch.cuda.device_of(q):
         balance_channels[(B * H,)](
