@@ -300,7 +300,8 @@ def time_all(every: list[Form], wrong: dict[Form, str]) -> tuple[list[dict], int
         jobs += [(count, form) for form in right]
     for (count, form), rows, fault in each(jobs, rows_of, 1, TIME_SECONDS):
         if fault is None:
-            found[form] += [rows] if count else []
+            if count:
+                found[form].append(rows)
             for row in rows:
                 print(count, line(row), flush=True)
             continue

@@ -26,10 +26,15 @@ def mean_key(k: Tensor, real: Tensor | None) -> Tensor:
     return _real_only(k, real).sum(2) / real.sum(1).clamp(min=1)[:, None, None]
 
 
+def sampled(tokens: int, device: torch.device) -> Tensor:
+    """Which tokens say how strong a channel is, bool `[tokens]`."""
+    return torch.arange(tokens, device=device) % EVERY < SAMPLED
+
+
 def balance_of(q: Tensor, k: Tensor, mean: Tensor, real: Tensor | None) -> Tensor:
     """Powers of two that make channels of q and k about equally strong, fp32 `[B, H, D]`: see
     `smooth_quantize`."""
-    queries, keys = (torch.arange(x.shape[2], device=x.device) % EVERY < SAMPLED for x in (q, k))
+    queries, keys = (sampled(x.shape[2], x.device) for x in (q, k))
     q, k = q[:, :, queries].float(), k[:, :, keys].float() - mean[:, :, None]
     count = k.shape[2]
     if real is not None:

@@ -10,12 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from vdit_sparse.kernels.block_sparse.tiles import architecture
-from vdit_sparse.kernels.quant import EVERY, LARGEST_BALANCE, SAMPLED, Quantized
+from vdit_sparse.kernels.quant import EVERY, LARGEST_BALANCE, SAMPLED, Quantized, channels_of
 from vdit_sparse.kernels.quant.reference import (
     E4M3_LARGEST,
     HUGE,
     INT8_LARGEST,
     SMALLEST_SCALE,
+    sampled,
     scale_of,
 )
 from vdit_sparse.kernels.triton_ops import INTERPRETED, has_e4m3, why_not_on
@@ -41,11 +42,10 @@ def _matrix(CHANNELS: tl.constexpr):
 
 @triton.jit
 def _rotated(
-    x, balance, STORED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
+    x, balance, STORED: tl.constexpr, CHANNELS: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr
 ):
     """`quant.rotate` of an fp32 tile `[ROWS, BD]`, whose numbers are exact in the dtype STORED,
     times the powers of two `balance` `[BD]`."""
-    CHANNELS: tl.constexpr = 64 if D % 64 == 0 else 16
     matrix = _matrix(CHANNELS)
     if AS_STORED:
         # Powers of two are exact in every dtype, and so are products with them.
@@ -148,14 +148,15 @@ def _inverse(powers):
 
 
 @triton.jit
-def rotate_mean(mean_ptr, balance_ptr, out_ptr, D: tl.constexpr, BD: tl.constexpr):
+def rotate_mean(
+    mean_ptr, balance_ptr, out_ptr, CHANNELS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+):
     """The mean key of one head as `quantize_rows` treats the keys, fp32 `[B * H, D]`."""
     head = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BD)
     mean = tl.load(mean_ptr + head * D + columns, mask=columns < D, other=0.0)
     mean *= _inverse(tl.load(balance_ptr + head * D + columns, mask=columns < D, other=1.0))
-    if D % 16 == 0 and D <= 128:
-        CHANNELS: tl.constexpr = 64 if D % 64 == 0 else 16
+    if CHANNELS > 1:
         mean = tl.reshape(mean, [BD // CHANNELS, CHANNELS])
         mean = tl.sum(mean[:, :, None] * _matrix(CHANNELS)[None, :, :], 1)
         mean = tl.reshape(mean, [BD])
@@ -166,10 +167,12 @@ def rotate_mean(mean_ptr, balance_ptr, out_ptr, D: tl.constexpr, BD: tl.constexp
 def quantize_rows(
     x_ptr, real_ptr, mean_ptr, balance_ptr, values_ptr, scale_ptr, shift_ptr,
     x_b, x_h, x_s, real_b, H, N, smallest, huge,
-    LARGEST: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+    LARGEST: tl.constexpr, CHANNELS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """INT8 of one block, balanced and rotated. shift_ptr: queries, whose product with the mean goes
-    there, or None: keys, from which the mean of `rotate_mean` is taken off."""
+    """INT8 of one block, balanced and rotated by CHANNELS (`channels_of`). shift_ptr: queries,
+    whose product with the mean goes there, or None: keys, from which the mean of `rotate_mean` is
+    taken off."""
     first = tl.program_id(0) * ROWS
     x, real = _load_real(first, x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD, ROWS)
     columns = tl.arange(0, BD)
@@ -182,9 +185,9 @@ def quantize_rows(
         x = tl.where(tl.abs(x) < huge, x, 0.0)
     else:
         balance = _inverse(balance)
-    if D % 16 == 0 and D <= 128:
+    if CHANNELS > 1:
         # Keys before the mean is taken off them, after which they are not exact in their dtype.
-        x = _rotated(x, balance, x_ptr.dtype.element_ty, D, BD, ROWS)
+        x = _rotated(x, balance, x_ptr.dtype.element_ty, CHANNELS, BD, ROWS)
     else:
         x = x * balance[None, :]
     if shift_ptr is None:
@@ -249,8 +252,8 @@ def balance_of(q: Tensor, k: Tensor, mean: Tensor, real: Tensor | None) -> Tenso
     count = None
     if real is not None:
         # Not by indexing, for which a GPU would have to be waited for.
-        sampled = torch.arange(N, device=k.device) % EVERY < SAMPLED
-        count = (real & sampled).sum(1, dtype=torch.float32).expand(B).contiguous()
+        among = real & sampled(N, k.device)
+        count = among.sum(1, dtype=torch.float32).expand(B).contiguous()
     out = torch.empty_like(mean)
     with torch.cuda.device_of(q):
         balance_channels[(B * H,)](
@@ -277,8 +280,9 @@ def quantize_keys(
     mean, rotated = mean.contiguous(), torch.empty_like(mean, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(k):
         rotate_mean[(B * H,)](
-            mean, balance.contiguous(), rotated, D=D, BD=triton.next_power_of_2(D)
-        )
+            mean, balance.contiguous(), rotated,
+            CHANNELS=channels_of(D), D=D, BD=triton.next_power_of_2(D),
+        )  # fmt: skip
     return _rows(k, block, rotated, balance, real, None)
 
 
@@ -314,7 +318,8 @@ def _rows(
         quantize_rows[(blocks, B * H)](
             x, real, mean.contiguous(), balance.contiguous(), values, scale, shift,
             *x.stride()[:3], _batch_stride(real), H, N, SMALLEST_SCALE, HUGE,
-            LARGEST=INT8_LARGEST, **_shape(D, block), **limit_of(architecture(x.device), D),
+            LARGEST=INT8_LARGEST, CHANNELS=channels_of(D), **_shape(D, block),
+            **limit_of(architecture(x.device), D),
         )  # fmt: skip
     return Quantized(values, scale)
 

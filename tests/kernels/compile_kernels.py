@@ -23,6 +23,7 @@ from vdit_sparse.kernels.block_sparse import tiles
 from vdit_sparse.kernels.block_sparse.int8.triton import int8_forward
 from vdit_sparse.kernels.block_sparse.int8.triton import tile_of as int8_tile
 from vdit_sparse.kernels.block_sparse.triton import block_sparse_forward
+from vdit_sparse.kernels.quant import channels_of
 from vdit_sparse.kernels.quant import triton as quant
 from vdit_sparse.kernels.triton_ops import width_of
 
@@ -187,6 +188,7 @@ def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
         "LARGEST": 448 if variant.kernel == "values" else 127,
         "RAGGED": variant.ends not in ("whole", "skip"),
         "PERMUTED": True,
+        "CHANNELS": channels_of(variant.D),
         "PRECISION": "ieee" if variant.dtype == "fp32" else "tf32",
     }
     if variant.ends != "kv_len":

@@ -20,8 +20,7 @@ BARS = {"int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
 OUTLIERS = {"none": "", "of q": "q", "of k": "k", "of q, k and v": "qkv"}
 
 
-@pytest.fixture(scope="session")
-def of_the_model() -> tuple[Tensor, Tensor, Tensor]:
+def from_the_model() -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v `[1, 3, 336, 64]` after norm and RoPE, fp32: one head each of the first, a middle
     and the last layer of the bundled model, in the second of two steps."""
     pipe = load_pipeline(device="cpu", dtype=torch.float32)
@@ -39,6 +38,11 @@ def of_the_model() -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
         pipe("a red ball", **size, guidance_scale=1.0, output_type="latent", generator=seed)
     return tuple(torch.cat(heads, 1) for heads in zip(*seen[-3:], strict=True))
+
+
+@pytest.fixture(scope="session")
+def of_the_model() -> tuple[Tensor, Tensor, Tensor]:
+    return from_the_model()
 
 
 def inputs(source: str, outlier: str, device, request):
