@@ -32,8 +32,9 @@ BACKENDS = {
 }
 
 
-# Tokens whose numbers say how strong a channel is: the first SAMPLED of each EVERY.
-SAMPLED, EVERY = 32, 256
+# Tokens that stand for all in the mean key and in how strong channels are: the first SAMPLED of
+# each EVERY.
+SAMPLED, EVERY = 8, 64
 LARGEST_BALANCE = 3  # exponent
 
 
@@ -61,7 +62,7 @@ class Smoothed:
 
     q, k: `Quantized`, int8 `[B, H, blocks * block, D]` with a scale per block, zero in the slots
         past the end and in masked ones.
-    mean: fp32 `[B, H, D]`, the mean key, neither balanced nor rotated.
+    mean: fp32 `[B, H, D]`, about the mean key, neither balanced nor rotated.
     balance: fp32 `[B, H, D]`, powers of two by which q was multiplied and k divided.
     shift: fp32 `[B, H, S]`, q . mean, what each query's products with all keys have lost. A softmax
         does not see it; the logarithm of its sum has to get scale * shift back.
@@ -90,15 +91,17 @@ def smooth_quantize(
     None for all: what the others hold is neither in the mean nor in a scale, NaN included;
     backend: "triton" or "reference", which runs or raises; default Triton on a GPU.
 
-    scale = amax / 127, values = round(x * (1 / scale)), ties to even. The mean over the real keys,
+    scale = amax / 127, values = round(x * (1 / scale)), ties to even. The mean of the real keys,
     per (batch, head, channel), is taken off the keys before ("K smoothing", SageAttention, arXiv
-    2410.02367), so that an offset common to all keys costs no bits. We differ: the blocks are the
-    mask's, neither 1/sqrt(D) nor log2(e) is folded into the scales of Q, and two changes leave the
-    products of q and k as they are. Channels of q are multiplied, and those of k divided, by what
-    makes both equally strong, as SmoothQuant (arXiv 2211.10438, equation 4) does with activations
-    and weights: the fourth root of the ratio of their mean squares over the real tokens among the
-    first `SAMPLED` of each `EVERY`, rounded to a power of two from 1/8 to 8, so that no bit is
-    lost; we differ in mean squares for largest magnitudes. Then q and k are rotated by the same
+    2410.02367), so that an offset common to all keys costs no bits. We differ: the mean is that of
+    the first `SAMPLED` tokens of each `EVERY`, an eighth of the reading, which loses nothing, as
+    any vector taken off all keys leaves the softmax as it is; the blocks are the mask's, neither
+    1/sqrt(D) nor log2(e) is folded into the scales of Q, and two changes leave the products of q
+    and k as they are. Channels of q are multiplied, and those of k divided, by what makes both
+    equally strong, as SmoothQuant (arXiv 2211.10438, equation 4) does with activations and weights:
+    the fourth root of the ratio of their mean squares over the same tokens, rounded to a power of
+    two from 1/8 to 8, so that no bit is lost; we differ in mean squares for largest magnitudes.
+    Keys count without their mean. Then q and k are rotated by the same
     orthogonal matrix (`rotate`), which spreads a channel that is larger than all others over many.
     Numbers of real keys must be finite. A number of q that is not finite, or at least 2^124, counts
     as 0, so that a padded query harms no other one of its block.
@@ -112,8 +115,7 @@ def smooth_quantize(
         )
     real = _checked_real(k, real)
     module = choose(BACKENDS, backend, q, torch.int8)
-    mean = module.mean_key(k, real)
-    balance = module.balance_of(q, k, mean, real)
+    mean, balance = module.mean_and_balance(q, k, real)
     queries, shift = module.quantize_queries(q, block_q, mean, balance)
     keys = module.quantize_keys(k, block_k, mean, balance, real)
     return Smoothed(queries, keys, mean, balance, shift)
@@ -132,12 +134,16 @@ def rotate(x: Tensor) -> Tensor:
     channels = channels_of(x.shape[-1])
     if channels == 1:
         return x
+    return (x.unflatten(-1, (-1, channels)) @ rotation(channels).to(x)).flatten(-2)
+
+
+def rotation(channels: int) -> Tensor:
+    """The matrix of `rotate`, fp32 `[channels, channels]`, exact in every dtype."""
     i, j = torch.arange(channels)[:, None], torch.arange(channels)
     bits = (i & j) ^ (i & (i >> 1))
     for half in (4, 2, 1):
         bits = bits ^ (bits >> half)
-    matrix = (1.0 - 2 * (bits & 1)) / channels**0.5
-    return (x.unflatten(-1, (-1, channels)) @ matrix.to(x)).flatten(-2)
+    return (1.0 - 2 * (bits & 1)) / channels**0.5
 
 
 def channels_of(D: int) -> int:

@@ -19,32 +19,24 @@ def supports(x: Tensor, kind: torch.dtype) -> str | None:
     return None
 
 
-def mean_key(k: Tensor, real: Tensor | None) -> Tensor:
-    """Mean over the real keys, fp32 `[B, H, D]`; 0 without any."""
-    if real is None:
-        return k.mean(2, dtype=torch.float32)
-    return _real_only(k, real).sum(2) / real.sum(1).clamp(min=1)[:, None, None]
-
-
 def sampled(tokens: int, device: torch.device) -> Tensor:
-    """Which tokens say how strong a channel is, bool `[tokens]`."""
+    """Which tokens stand for all in the means, bool `[tokens]`."""
     return torch.arange(tokens, device=device) % EVERY < SAMPLED
 
 
-def balance_of(q: Tensor, k: Tensor, mean: Tensor, real: Tensor | None) -> Tensor:
-    """Powers of two that make channels of q and k about equally strong, fp32 `[B, H, D]`: see
-    `smooth_quantize`."""
+def mean_and_balance(q: Tensor, k: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean key, 0 without any, and powers of two that make channels of q and k about equally
+    strong, of the sampled tokens, both fp32 `[B, H, D]`: see `smooth_quantize`."""
     queries, keys = (sampled(x.shape[2], x.device) for x in (q, k))
-    q, k = q[:, :, queries].float(), k[:, :, keys].float() - mean[:, :, None]
-    count = k.shape[2]
-    if real is not None:
-        real = real[:, keys]
-        k, count = _real_only(k, real), real.sum(1)[:, None, None]
-    of_q = _no_huge(q).square().sum(2) / q.shape[2]
-    exponent = (0.25 * (k.square().sum(2) / count / of_q).log2() + 0.5).floor()
+    q, k = _no_huge(q[:, :, queries].float()), k[:, :, keys].float()
+    real = keys.new_ones(1, k.shape[2]) if real is None else real[:, keys]
+    count = real.sum(1).clamp(min=1)[:, None, None]
+    mean = _real_only(k, real).sum(2) / count
+    of_k = _real_only(k - mean[:, :, None], real).square().sum(2) / count
+    exponent = (0.25 * (of_k / q.square().mean(2)).log2() + 0.5).floor()
     # Of zeros alone on either side or both, nothing is known.
     exponent = exponent.where(exponent.isfinite(), 0)
-    return exponent.clamp(-LARGEST_BALANCE, LARGEST_BALANCE).exp2()
+    return mean, exponent.clamp(-LARGEST_BALANCE, LARGEST_BALANCE).exp2()
 
 
 def quantize_queries(

@@ -23,7 +23,7 @@ from vdit_sparse.kernels.block_sparse import tiles
 from vdit_sparse.kernels.block_sparse.int8.triton import int8_forward
 from vdit_sparse.kernels.block_sparse.int8.triton import tile_of as int8_tile
 from vdit_sparse.kernels.block_sparse.triton import block_sparse_forward
-from vdit_sparse.kernels.quant import channels_of
+from vdit_sparse.kernels.quant import EVERY, SAMPLED, channels_of, moments
 from vdit_sparse.kernels.quant import triton as quant
 from vdit_sparse.kernels.triton_ops import width_of
 
@@ -32,15 +32,20 @@ KERNELS = {
     "int8_bf16": int8_forward,
     "int8_fp8": int8_forward,
     "mass": block_mass_forward,
-    "statistics": quant.channel_statistics,
-    "squares": quant.sampled_squares,
-    "balance": quant.balance_channels,
+    "largest": moments.largest_magnitudes,
+    "moments": moments.sampled_moments,
+    "join": moments.join_moments,
     "mean": quant.rotate_mean,
     "queries": quant.quantize_rows,
     "keys": quant.quantize_rows,
     "values": quant.quantize_columns,
 }
-QUANT = ("statistics", "squares", "balance", "mean", "queries", "keys", "values")
+QUANT = ("largest", "moments", "join", "mean", "queries", "keys", "values")
+ROWS = {
+    "values": quant.VALUE_ROWS,
+    "moments": moments.MOMENT_ROWS,
+    "largest": moments.LARGEST_ROWS,
+}
 NO_FP8 = ("sm_80", "gfx942")
 INT32 = ("idx_ptr", "cnt_ptr", "valid_ptr", "kv_len_ptr", "skips_ptr")
 SCALARS = ("smallest", "huge", "q_count", "k_count")
@@ -140,9 +145,9 @@ def tile_for(variant: Variant) -> tiles.Tile:
     itemsize = 4 if variant.dtype == "fp32" else 2
     fits = D in (64, 128) and variant.descriptors
     if name in QUANT:
-        rows = {"values": quant.VALUE_ROWS, "squares": quant.SAMPLED}.get(name, block)
+        rows = ROWS.get(name, block)
         limit = quant.limit_of(arch, D) if name in ("queries", "keys") else {}
-        warps = 4 if name in ("balance", "mean") else quant.WARPS
+        warps = {"join": 4, "mean": 4, "values": quant.VALUE_WARPS}.get(name, moments.WARPS)
         return tiles.Tile(rows, block, warps, 3, registers=limit.get("maxnreg"))
     if name == "int8_fp8":
         fits = fits and int(arch.removeprefix("sm_")) >= 90
@@ -189,6 +194,10 @@ def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
         "RAGGED": variant.ends not in ("whole", "skip"),
         "PERMUTED": True,
         "CHANNELS": channels_of(variant.D),
+        "QUERIES": True,
+        "SAMPLED": SAMPLED,
+        "EVERY": EVERY,
+        "TILES": moments.LARGEST_TILES if variant.kernel == "largest" else moments.MOMENT_TILES,
         "PRECISION": "ieee" if variant.dtype == "fp32" else "tf32",
     }
     if variant.ends != "kv_len":
@@ -234,7 +243,7 @@ def _type(name: str, variant: Variant, tile: tiles.Tile, width: int) -> str:
 def _number(name: str, variant: Variant) -> str:
     """The dtype of what a pointer or descriptor reads."""
     kernel = variant.kernel
-    if name in FP32 or (name == "out_ptr" and kernel in ("mass", *QUANT)) or kernel == "balance":
+    if name in FP32 or (name == "out_ptr" and kernel in ("mass", *QUANT)) or kernel == "join":
         return "fp32"
     if name[0] in "qk" and name[1] == "_" and "int8" in kernel:
         return "i8"

@@ -80,8 +80,10 @@ def emulated(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, precision: str) -
     S, D = q.shape[2:]
     turn = torch.block_diag(*[rotation(64)] * (D // 64)).to(q.device)
     weights_in, v = q.dtype, v.double()
-    q, k = q.double(), k.double() - k.double().mean(2, keepdim=True)
-    strength = [x[:, :, torch.arange(S) % 256 < 32].square().mean(2, keepdim=True) for x in (q, k)]
+    q, k = q.double(), k.double()
+    some = torch.arange(S) % 64 < 8
+    k = k - k[:, :, some].mean(2, keepdim=True)
+    strength = [x[:, :, some].square().mean(2, keepdim=True) for x in (q, k)]
     balance = 2 ** ((strength[1] / strength[0]).log2() / 4).round().clamp(-3, 3)
     q, k = (q * balance) @ turn, (k / balance) @ turn
     q, k = (in_int8(x, block) for x, block in ((q, mask.block_q), (k, mask.block_k)))
