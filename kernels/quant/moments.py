@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vdit_sparse.kernels.quant import EVERY, LARGEST_BALANCE, SAMPLED
-from vdit_sparse.kernels.quant.reference import HUGE, sampled
+from vdit_sparse.kernels.quant.reference import E4M3_LARGEST, HUGE, SMALLEST_SCALE, sampled
 
 # Tokens of a tile, and tiles, that one program takes: sampled ones, and values.
 MOMENT_ROWS, MOMENT_TILES = 32, 8
@@ -55,6 +55,27 @@ def largest_magnitudes(
     part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     columns = tl.arange(0, BD)
     tl.store(out_ptr + part * D + columns, tl.max(largest, 0), mask=columns < D)
+
+
+@triton.jit
+def join_largest(
+    parts_ptr, scale_ptr, inverse_ptr, parts, smallest,
+    LARGEST: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The scales of one head's channels (`reference.scale_of`) and their reciprocals, from its
+    `largest_magnitudes`."""
+    AT_ONCE: tl.constexpr = 32
+    head = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BD)
+    found = tl.zeros([AT_ONCE, BD], tl.float32)
+    for start in range(0, parts, AT_ONCE):
+        part = start + tl.arange(0, AT_ONCE)[:, None]
+        real = (part < parts) & (columns < D)[None, :]
+        pointers = parts_ptr + (head * parts + part) * D + columns[None, :]
+        found = tl.maximum(found, tl.load(pointers, mask=real, other=0.0))
+    scale = tl.maximum(tl.math.div_rn(tl.max(found, 0), LARGEST * 1.0), smallest)
+    tl.store(scale_ptr + head * D + columns, scale, mask=columns < D)
+    tl.store(inverse_ptr + head * D + columns, tl.math.div_rn(1.0, scale), mask=columns < D)
 
 
 @triton.jit
@@ -138,17 +159,22 @@ def mean_and_balance(q: Tensor, k: Tensor, real: Tensor | None) -> tuple[Tensor,
     return mean, balance
 
 
-def largest(v: Tensor, real: Tensor | None) -> Tensor:
-    """Of each channel, fp32 `[B, H, D]`."""
+def value_scales(v: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scales of v in e4m3, and their reciprocals, fp32 `[B, H, D]`."""
     B, H, N, D = v.shape
     parts = triton.cdiv(N, LARGEST_ROWS * LARGEST_TILES)
     out = torch.empty(B, H, parts, D, dtype=torch.float32, device=v.device)
+    scale, inverse = torch.empty(2, B, H, D, dtype=torch.float32, device=v.device)
     with torch.cuda.device_of(v):
         largest_magnitudes[(parts, B * H)](
             v, real, out, *v.stride()[:3], batch_stride(real), H, N,
             TILES=LARGEST_TILES, **shape(D, LARGEST_ROWS),
         )  # fmt: skip
-    return out.amax(2)
+        join_largest[(B * H,)](
+            out, scale, inverse, parts, SMALLEST_SCALE,
+            LARGEST=E4M3_LARGEST, D=D, BD=triton.next_power_of_2(D),
+        )  # fmt: skip
+    return scale, inverse
 
 
 def _moments(x: Tensor, real: Tensor | None, queries: bool) -> Tensor:

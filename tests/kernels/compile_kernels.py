@@ -33,6 +33,7 @@ KERNELS = {
     "int8_fp8": int8_forward,
     "mass": block_mass_forward,
     "largest": moments.largest_magnitudes,
+    "scales": moments.join_largest,
     "moments": moments.sampled_moments,
     "join": moments.join_moments,
     "mean": quant.rotate_mean,
@@ -40,7 +41,7 @@ KERNELS = {
     "keys": quant.quantize_rows,
     "values": quant.quantize_columns,
 }
-QUANT = ("largest", "moments", "join", "mean", "queries", "keys", "values")
+QUANT = ("largest", "scales", "moments", "join", "mean", "queries", "keys", "values")
 ROWS = {
     "values": quant.VALUE_ROWS,
     "moments": moments.MOMENT_ROWS,
@@ -55,6 +56,7 @@ FP32 = (
     "balance_ptr",
     "scale_ptr",
     "inverse_ptr",
+    "parts_ptr",
     "shift_ptr",
     "q_scale_ptr",
     "k_scale_ptr",
@@ -147,7 +149,9 @@ def tile_for(variant: Variant) -> tiles.Tile:
     if name in QUANT:
         rows = ROWS.get(name, block)
         limit = quant.limit_of(arch, D) if name in ("queries", "keys") else {}
-        warps = {"join": 4, "mean": 4, "values": quant.VALUE_WARPS}.get(name, moments.WARPS)
+        warps = {"scales": 4, "join": 4, "mean": 4, "values": quant.VALUE_WARPS}.get(
+            name, moments.WARPS
+        )
         return tiles.Tile(rows, block, warps, 3, registers=limit.get("maxnreg"))
     if name == "int8_fp8":
         fits = fits and int(arch.removeprefix("sm_")) >= 90
