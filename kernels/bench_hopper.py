@@ -3,14 +3,15 @@
     python -m vdit_sparse.kernels.bench_hopper [--only GROUP ...] [--check] [--csv FILE]
 
 First every form computes a small problem, several at a time; then those that were right are timed
-in rounds of one call each, in another order each time, so that the card's power limit, under which
-a hot form slows what comes after it, meets all alike; cuDNN's dense attention is among them, with
-the clock, the power and what holds the clock back while it works (nvidia-smi). The first round,
-which loads the kernels on a card that is still cool, is printed only; the table at the end has
-medians over the others, and how far these were apart. All GPU work is done by processes that are
-ended and replaced when a form fails or does not come back: that form is a line in the table, and
-the exit status is 1. Meant to take under 90 s in all on one H200 and 16 cores. TFLOP/s count the
-kept blocks only.
+in rounds, in another order each time: a tenth of a second each, of which the first third is not
+counted, because what the card's power limit (700 W) lets a form have depends on what ran before it;
+dense attention of cuDNN is among them, with the clock, the power and what holds the clock back
+while it works (nvidia-smi), and that of FlashAttention-3 where it is installed. The first round, of
+one call each on a card that is still cool, is printed only; the table at the end has medians over
+the others, and how far these were apart. All GPU work is done by processes that are ended and
+replaced when a form fails or does not come back: that form is a line in the table, and the exit
+status is 1. Meant to take under 90 s in all on one H200 and 16 cores. TFLOP/s count the kept blocks
+only.
 """
 
 import argparse
@@ -23,14 +24,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
+from vdit_sparse.kernels.bench.kernels import FA3, KERNELS
 from vdit_sparse.kernels.bench.lanes import each
 from vdit_sparse.kernels.block_mask import BlockMask
 from vdit_sparse.kernels.block_sparse.hopper.variants import Variant, variant_for
@@ -42,10 +43,12 @@ NARROW = {"heads": 16, "tokens": 45056, "dim": 64}
 TURNS, NO_TURNS = {"pingpong": True}, {"pingpong": False}
 MARK, NO_MARK = {"landmark": True}, {"landmark": False}
 EVEN = [("local", 0.25), ("random", 0.25), ("local", 0.1), ("random", 0.1)]
+DENSE = {"cuDNN": "sdpa-cudnn", "FA3": "fa3"}  # names in `bench.kernels`
 LARGEST_ERROR = {"bf16": 7e-3, "int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
 CHECK_SECONDS = 60  # of a small problem with its process's start and compiling; then it is hung
 TIME_SECONDS = 30  # of timing one form in one round
-ROUNDS = 12  # after the first
+ROUNDS = 5  # after the first
+SETTLE_MS, COUNTED_MS = 30, 60  # of a form in a round but the first
 
 
 @dataclass(frozen=True)
@@ -134,15 +137,24 @@ def check(form: Form) -> str | None:
     return None if right else f"wrong by {error:.1e}, lse by {lse_error:.1e}"
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """Of one call, which is launched while another one runs."""
+def milliseconds(call: Callable[[], object], cool: bool) -> float:
+    """Of one call: the second one, or on average once the clock has settled."""
+    once = _timed(call, 1)
+    if cool:
+        return _timed(call, 1)
+    for _ in range(round(SETTLE_MS / once)):
+        call()
+    return _timed(call, max(1, round(COUNTED_MS / once)))
+
+
+def _timed(call: Callable[[], object], calls: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
-    call()
     start.record()
-    call()
+    for _ in range(calls):
+        call()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end) / calls
 
 
 @cache
@@ -163,7 +175,7 @@ def shape_of(dim: int) -> dict:
     return WIDE if dim == 128 else NARROW
 
 
-def time_form(form: Form, mask: BlockMask) -> dict[str, float]:
+def time_form(form: Form, mask: BlockMask, cool: bool) -> dict[str, float]:
     """Milliseconds of the kernel and, in 8 bits, of quantising."""
     from vdit_sparse.kernels.block_sparse.hopper.launch import attend, quantized
 
@@ -172,9 +184,10 @@ def time_form(form: Form, mask: BlockMask) -> dict[str, float]:
     inputs = quantized(q, k, v, mask, None, form.precision)
     scale = form.dim**-0.5
     kernel = partial(attend, inputs, out, lse, mask, scale, None, form.variant, k.shape[2])
-    found = {"ms": milliseconds(kernel)}
+    found = {"ms": milliseconds(kernel, cool)}
     if form.precision != "bf16":
-        found["quantise_ms"] = milliseconds(lambda: quantized(q, k, v, mask, None, form.precision))
+        quantise = partial(quantized, q, k, v, mask, None, form.precision)
+        found["quantise_ms"] = milliseconds(quantise, cool)
     return found
 
 
@@ -187,14 +200,14 @@ def masks_of(form: Form) -> list[tuple[str, float]]:
 
 def rows_of(job: tuple[int, Form]) -> list[dict]:
     """The form's lines in one round."""
-    _, form = job
+    count, form = job
     if form.group == "dense":
-        return [cudnn(form)]
+        return [dense(form, count == 0)]
     rows = []
     for pattern, share in masks_of(form):
         mask = mask_of(form.dim, form.blocks, pattern, share)
         density = mask.density()
-        times = time_form(form, mask)
+        times = time_form(form, mask, count == 0)
         rows.append(
             facts(form)
             | {"pattern": pattern, "density": density}
@@ -216,13 +229,13 @@ def rates(shape: dict, density: float, times: dict[str, float]) -> dict[str, flo
     return found
 
 
-def cudnn(form: Form) -> dict:
-    """Dense attention of cuDNN, and the state of the GPU while it works."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        ms = milliseconds(lambda: scaled_dot_product_attention(*tensors_of(form.dim)))
-        for _ in range(8):
-            scaled_dot_product_attention(*tensors_of(form.dim))
-        state = gpu_state()
+def dense(form: Form, cool: bool) -> dict:
+    """Dense attention, and the state of the GPU while it works."""
+    attend = KERNELS[DENSE[form.name]].make(*tensors_of(form.dim), None)
+    ms = milliseconds(attend, cool)
+    for _ in range(8):
+        attend()
+    state = gpu_state()
     place = {"pattern": "all", "density": 1.0}
     return facts(form) | place | rates(shape_of(form.dim), 1.0, {"ms": ms}) | {"gpu": state}
 
@@ -240,9 +253,10 @@ def gpu_state() -> str:
 
 
 def with_dense(every: list[Form]) -> list[Form]:
-    """The same, and cuDNN for each head size."""
+    """The same, and dense attention for each head size, where it is installed."""
     sizes = dict.fromkeys(form.dim for form in every)
-    return [*every, *(Form("dense", "cuDNN", dim) for dim in sizes)]
+    names = ["cuDNN"] + ["FA3"] * any(map(find_spec, FA3))
+    return [*every, *(Form("dense", name, dim) for dim in sizes for name in names)]
 
 
 def over_rounds(rounds: list[list[dict]]) -> list[dict]:
