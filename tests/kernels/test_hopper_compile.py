@@ -33,9 +33,9 @@ def check(row: dict) -> None:
     names = " ".join(row["wgmma"])
     assert ("s32.s8.s8" in names) == ("int8" in row["build"]), row
     assert ("e4m3.e4m3" in names) == ("fp8" in row["build"]), row
-    # Maxima and sums of rows, twice; the weights change hands nowhere.
+    # Maxima of rows, twice, and sums once; the weights change hands nowhere.
     if not row["changes"] and "skips" not in row["build"]:
-        assert row["shuffles"] == 16 * row["consumers"], row
+        assert row["shuffles"] == 12 * row["consumers"], row
 
 
 def test_main_forms_compile():

@@ -208,6 +208,7 @@ def _consume(
             product, peak, total, slot, phase = done
             if PERSISTENT:
                 mbarrier.arrive(q_empty.index(W))
+        total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, S_L))
         share = 1.0 / gl.where(total > 0, total, 1.0)
         out = product * gl.convert_layout(share, gl.SliceLayout(1, O_L))[:, None]
         if FP8:

@@ -20,6 +20,17 @@ LOG2_448 = gl.constexpr(8.807354922057604)  # of the largest number of e4m3
 SMALLEST = gl.constexpr(1e-30)
 OFFSET = gl.constexpr(12582912.0)  # 1.5 * 2^23, of integer scores as floating-point numbers
 
+# Of partial sums of rows, where the products are: rows r and r + 8 in a thread, four threads a row.
+PARTIAL = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[8, 0]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 4],
+    )
+)
+
 
 @gluon.jit
 def advance(slot, phase, STAGES: gl.constexpr):
@@ -204,7 +215,7 @@ def peak_of(scores, factor, layout: gl.constexpr, INT8: gl.constexpr, FP8: gl.co
 def weights_of(scores, factor, peak, P: gl.constexpr, number: gl.constexpr,
                INT8: gl.constexpr, LANDMARK: gl.constexpr, GUARD: gl.constexpr):  # fmt: skip
     """exp2(factor * scores - shift) as an operand of the next product, in fp8 as fp32 numbers for
-    `words_of`, and the sums of rows; `peak` and shift, which are the same but for rows that have
+    `words_of`, and its `partial_sums`; `peak` and shift, which are the same but for rows that have
     seen masked keys only (GUARD).
 
     INT8: what takes the scores' offset off again is one rounded number for each row, of up to
@@ -228,10 +239,24 @@ def weights_of(scores, factor, peak, P: gl.constexpr, number: gl.constexpr,
     p = gl.exp2(powers)
     if LANDMARK:
         p = with_landmark(p)
-    total = gl.sum(p, 1)
+    total = partial_sums(p)
     if number != gl.float8e4nv:
         p = gl.convert_layout(p.to(number), P)
     return p, total, peak, shift
+
+
+@gluon.jit
+def partial_sums(p):
+    """Sums of rows over what one thread has of them, `[ROWS, 4]`: the four that share a row need
+    their sum at the end of its list only."""
+    KEYS: gl.constexpr = p.shape[1]
+    return gl.convert_layout(gl.sum(gl.sum(p.reshape([ROWS, KEYS // 8, 4, 2]), 3), 1), PARTIAL)
+
+
+@gluon.jit
+def rescaled(total, alpha):
+    """Partial sums times a factor of their rows."""
+    return total * gl.convert_layout(alpha, gl.SliceLayout(1, PARTIAL))[:, None]
 
 
 @gluon.jit

@@ -19,6 +19,7 @@ from vdit_sparse.kernels.block_sparse.hopper.parts import (
     operand_of,
     peak_of,
     real_in_step,
+    rescaled,
     scores_of,
     step_at,
     weights_of,
@@ -106,7 +107,7 @@ def step(
         scores, factor, peak_new, P_L, number, INT8, LANDMARK, VALID
     )
     alpha_new = gl.exp2(peak - shift)
-    total = total * alpha_new + sums
+    total = rescaled(total, alpha_new) + sums
     alpha_new = gl.convert_layout(alpha_new, gl.SliceLayout(1, O_L))
     product = warpgroup_mma_wait(0, [values_started])
     mbarrier.arrive(v_empty.index(last))
@@ -151,7 +152,7 @@ def step_or_skip(
             scores, factor, peak_new, P_L, number, False, False, VALID
         )
         alpha = gl.exp2(peak - shift)
-        total = total * alpha + sums
+        total = rescaled(total, alpha) + sums
         peak = peak_new
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_L))[:, None]
         if VALID:
