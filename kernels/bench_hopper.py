@@ -6,12 +6,11 @@ First every form computes a small problem, several at a time; then those that we
 in rounds, in another order each time: a tenth of a second each, of which the first third is not
 counted, because what the card's power limit (700 W) lets a form have depends on what ran before it;
 dense attention of cuDNN is among them, with the clock, the power and what holds the clock back
-while it works (nvidia-smi), and that of FlashAttention-3 where it is installed. The first round, of
-one call each on a card that is still cool, is printed only; the table at the end has medians over
-the others, and how far these were apart. All GPU work is done by processes that are ended and
-replaced when a form fails or does not come back: that form is a line in the table, and the exit
-status is 1. Meant to take under 90 s in all on one H200 and 16 cores. TFLOP/s count the kept blocks
-only.
+while it works (nvidia-smi), and that of FlashAttention-3 where it is installed. The table at the
+end has medians over the rounds, and how far these were apart. All GPU work is done by processes
+that are ended and replaced when a form fails or does not come back: that form is a line in the
+table, and the exit status is 1. Meant to take under 90 s in all on one H200 and 16 cores. TFLOP/s
+count the kept blocks only.
 """
 
 import argparse
@@ -47,8 +46,8 @@ DENSE = {"cuDNN": "sdpa-cudnn", "FA3": "fa3"}  # names in `bench.kernels`
 LARGEST_ERROR = {"bf16": 7e-3, "int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
 CHECK_SECONDS = 60  # of a small problem with its process's start and compiling; then it is hung
 TIME_SECONDS = 30  # of timing one form in one round
-ROUNDS = 5  # after the first
-SETTLE_MS, COUNTED_MS = 30, 60  # of a form in a round but the first
+ROUNDS = 5
+SETTLE_MS, COUNTED_MS = 30, 60  # of a form in a round
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,9 @@ class Form:
 def forms(groups: list[str]) -> list[Form]:
     """Every form of the groups asked for."""
     # As they are, all four take tiles from a counter, longest lists first; all but the narrow one
-    # have the landmark, that one and `int8_fp8` turns.
+    # have the landmark, `int8_fp8` turns.
     wide = [{}, NO_MARK, TURNS]
-    narrow = [{}, NO_TURNS, MARK]
+    narrow = [{}, TURNS, MARK]
     eight = [{}, NO_TURNS, NO_MARK]
     bf16_values = [{}, {"persistent": False}, TURNS]
     found = [_form("wide", 128, changes=change) for change in wide]
@@ -137,11 +136,10 @@ def check(form: Form) -> str | None:
     return None if right else f"wrong by {error:.1e}, lse by {lse_error:.1e}"
 
 
-def milliseconds(call: Callable[[], object], cool: bool) -> float:
-    """Of one call: the second one, or on average once the clock has settled."""
+def milliseconds(call: Callable[[], object]) -> float:
+    """Of one call, on average once the clock has settled."""
+    call()
     once = _timed(call, 1)
-    if cool:
-        return _timed(call, 1)
     for _ in range(round(SETTLE_MS / once)):
         call()
     return _timed(call, max(1, round(COUNTED_MS / once)))
@@ -175,7 +173,7 @@ def shape_of(dim: int) -> dict:
     return WIDE if dim == 128 else NARROW
 
 
-def time_form(form: Form, mask: BlockMask, cool: bool) -> dict[str, float]:
+def time_form(form: Form, mask: BlockMask) -> dict[str, float]:
     """Milliseconds of the kernel and, in 8 bits, of quantising."""
     from vdit_sparse.kernels.block_sparse.hopper.launch import attend, quantized
 
@@ -184,10 +182,10 @@ def time_form(form: Form, mask: BlockMask, cool: bool) -> dict[str, float]:
     inputs = quantized(q, k, v, mask, None, form.precision)
     scale = form.dim**-0.5
     kernel = partial(attend, inputs, out, lse, mask, scale, None, form.variant, k.shape[2])
-    found = {"ms": milliseconds(kernel, cool)}
+    found = {"ms": milliseconds(kernel)}
     if form.precision != "bf16":
         quantise = partial(quantized, q, k, v, mask, None, form.precision)
-        found["quantise_ms"] = milliseconds(quantise, cool)
+        found["quantise_ms"] = milliseconds(quantise)
     return found
 
 
@@ -200,14 +198,14 @@ def masks_of(form: Form) -> list[tuple[str, float]]:
 
 def rows_of(job: tuple[int, Form]) -> list[dict]:
     """The form's lines in one round."""
-    count, form = job
+    _, form = job
     if form.group == "dense":
-        return [dense(form, count == 0)]
+        return [dense(form)]
     rows = []
     for pattern, share in masks_of(form):
         mask = mask_of(form.dim, form.blocks, pattern, share)
         density = mask.density()
-        times = time_form(form, mask, count == 0)
+        times = time_form(form, mask)
         rows.append(
             facts(form)
             | {"pattern": pattern, "density": density}
@@ -229,10 +227,10 @@ def rates(shape: dict, density: float, times: dict[str, float]) -> dict[str, flo
     return found
 
 
-def dense(form: Form, cool: bool) -> dict:
+def dense(form: Form) -> dict:
     """Dense attention, and the state of the GPU while it works."""
     attend = KERNELS[DENSE[form.name]].make(*tensors_of(form.dim), None)
-    ms = milliseconds(attend, cool)
+    ms = milliseconds(attend)
     for _ in range(8):
         attend()
     state = gpu_state()
@@ -308,14 +306,13 @@ def time_all(every: list[Form], wrong: dict[Form, str]) -> tuple[list[dict], int
     """All lines of the table, and how many forms failed; one that fails is in no later round."""
     right = with_dense([form for form in every if form not in wrong])
     found, faults, jobs = {form: [] for form in right}, dict(wrong), deque()
-    for count in range(1 + ROUNDS):
+    for count in range(ROUNDS):
         # The card's power limit holds the clock back after hot forms: each has other neighbours.
         random.Random(count).shuffle(right)
         jobs += [(count, form) for form in right]
     for (count, form), rows, fault in each(jobs, rows_of, 1, TIME_SECONDS):
         if fault is None:
-            if count:
-                found[form].append(rows)
+            found[form].append(rows)
             for row in rows:
                 print(count, line(row), flush=True)
             continue

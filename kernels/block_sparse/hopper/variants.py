@@ -75,7 +75,7 @@ SINGLES = {128: Variant(1, 64, 3, registers=128), 64: Variant(1, 128, 2, registe
 SHARED = {"persistent": True, "longest_first": True}
 FASTER = {
     (128, (128, 128), "bf16"): Variant(2, 128, 2, landmark=True, **SHARED),
-    (64, (128, 128), "bf16"): Variant(2, 128, 3, pingpong=True, **SHARED),
+    (64, (128, 128), "bf16"): Variant(2, 128, 3, **SHARED),
     (128, (128, 64), "bf16"): Variant(2, 64, 3, **SHARED),
     # As fast as one stage of 128 keys on even lists, and 3 % faster on ragged ones.
     (128, (64, 128), "bf16"): Variant(1, 128, 2, lone=True, registers=128),
