@@ -3,7 +3,7 @@
     python -m vdit_sparse.kernels.bench_hopper [--only GROUP ...] [--check] [--csv FILE]
 
 First every form computes a small problem, several at a time; then those that were right are timed
-in rounds, in another order each time: a tenth of a second each, of which the first third is not
+in rounds, in another order each time: a tenth of a second a list, of which the first third is not
 counted, because what the card's power limit (700 W) lets a form have depends on what ran before it;
 dense attention of cuDNN is among them, with the clock, the power and what holds the clock back
 while it works (nvidia-smi), and that of FlashAttention-3 where it is installed. The table at the
@@ -47,7 +47,7 @@ LARGEST_ERROR = {"bf16": 7e-3, "int8_bf16": 1.6e-2, "int8_fp8": 4.5e-2}
 CHECK_SECONDS = 60  # of a small problem with its process's start and compiling; then it is hung
 TIME_SECONDS = 30  # of timing one form in one round
 ROUNDS = 5
-SETTLE_MS, COUNTED_MS = 30, 60  # of a form in a round
+SETTLE_MS, COUNTED_MS = 30, 60  # of a form and list in a round
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def over_rounds(rounds: list[list[dict]]) -> list[dict]:
         times = {n: [row[n] for row in same] for n in ("ms", "quantise_ms") if n in same[0]}
         spread = max(times["ms"]) / min(times["ms"]) - 1
         medians = {name: statistics.median(values) for name, values in times.items()}
-        row = same[0] | rates(shape_of(same[0]["dim"]), same[0]["density"], medians)
+        row = same[-1] | rates(shape_of(same[0]["dim"]), same[0]["density"], medians)
         found.append(row | {"spread": spread})
     return found
 

@@ -3,8 +3,8 @@
     pair = smooth_quantize(q, k, 128, 128)
     values = quantize_values(v, 128)
 
-`reference.py` is the specification in plain torch, `triton.py` the path of GPUs. This room only
-quantises; `kernels.block_sparse` multiplies.
+`reference.py` is the specification in plain torch, `triton.py` with `moments.py` the path of GPUs.
+This room only quantises; `kernels.block_sparse` multiplies.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ BACKENDS = {
 }
 
 
-# Tokens that stand for all in the mean key and in how strong channels are: the first SAMPLED of
-# each EVERY.
+# Tokens that stand for all in the mean key and in how strong channels are: SAMPLED of each EVERY
+# (`reference.sampled`).
 SAMPLED, EVERY = 8, 64
 LARGEST_BALANCE = 3  # exponent
 
@@ -94,15 +94,16 @@ def smooth_quantize(
     scale = amax / 127, values = round(x * (1 / scale)), ties to even. The mean of the real keys,
     per (batch, head, channel), is taken off the keys before ("K smoothing", SageAttention, arXiv
     2410.02367), so that an offset common to all keys costs no bits. We differ: the mean is that of
-    the first `SAMPLED` tokens of each `EVERY`, an eighth of the reading, which loses nothing, as
-    any vector taken off all keys leaves the softmax as it is; the blocks are the mask's, neither
-    1/sqrt(D) nor log2(e) is folded into the scales of Q, and two changes leave the products of q
-    and k as they are. Channels of q are multiplied, and those of k divided, by what makes both
-    equally strong, as SmoothQuant (arXiv 2211.10438, equation 4) does with activations and weights:
-    the fourth root of the ratio of their mean squares over the same tokens, rounded to a power of
-    two from 1/8 to 8, so that no bit is lost; we differ in mean squares for largest magnitudes.
-    Keys count without their mean. Then q and k are rotated by the same
-    orthogonal matrix (`rotate`), which spreads a channel that is larger than all others over many.
+    `SAMPLED` tokens of each `EVERY` (`reference.sampled`), an eighth of the reading: any vector
+    taken off all keys leaves the softmax as it is, and bits are lost only as far as the sample is
+    off; the blocks are the mask's, neither 1/sqrt(D) nor log2(e) is folded into the scales of Q,
+    and two changes leave the products of q and k as they are. Channels of q are multiplied, and
+    those of k divided, by what makes both equally strong, as SmoothQuant (arXiv 2211.10438,
+    equation 4) does with activations and weights: the fourth root of the ratio of their mean
+    squares over the same tokens, rounded to a power of two from 1/8 to 8, so that no bit is lost;
+    we differ in mean squares for largest magnitudes. Keys count without their mean. Then q and k
+    are rotated by the same orthogonal matrix (`rotate`), which spreads a channel that is larger
+    than all others over many.
     Numbers of real keys must be finite. A number of q that is not finite, or at least 2^124, counts
     as 0, so that a padded query harms no other one of its block.
     Raises ValueError or TypeError for other shapes, dtypes and strides.

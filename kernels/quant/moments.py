@@ -1,4 +1,4 @@
-"""Sums and largest magnitudes over tokens on a GPU, from which the scales of 8-bit numbers come.
+"""Over tokens on a GPU: the mean key and the balance of channels, and the scales of values.
 
 A program takes tokens of one head; letters: `B H N D` as in the public functions, BD is D rounded
 up to a power of two, ROWS the tokens of a tile.
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vdit_sparse.kernels.quant import EVERY, LARGEST_BALANCE, SAMPLED
-from vdit_sparse.kernels.quant.reference import E4M3_LARGEST, HUGE, SMALLEST_SCALE, sampled
+from vdit_sparse.kernels.quant.reference import E4M3_LARGEST, HUGE, SMALLEST_SCALE, sampled, samples
 
 # Tokens of a tile, and tiles, that one program takes: sampled ones, and values.
 MOMENT_ROWS, MOMENT_TILES = 32, 8
@@ -92,7 +92,8 @@ def sampled_moments(
     squares = tl.zeros([ROWS, BD], tl.float32)
     for tile in tl.static_range(TILES):
         i = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        rows = i // SAMPLED * EVERY + i % SAMPLED
+        group = i // SAMPLED
+        rows = group * EVERY + group % (EVERY // SAMPLED) * SAMPLED + i % SAMPLED
         x, _ = load_rows(rows, b, h, x_ptr, real_ptr, x_b, x_h, x_s, real_b, N, columns, D)
         if QUERIES:
             x = tl.where(tl.abs(x) < huge, x, 0.0)
@@ -132,6 +133,8 @@ def join_moments(
         k_count = tl.load(count_ptr + tl.program_id(0) // H)
     _, of_q = _moments_of_head(q_ptr + head * q_parts * 2 * D, q_parts, q_count, D, BD)
     mean, of_k = _moments_of_head(k_ptr + head * k_parts * 2 * D, k_parts, k_count, D, BD)
+    # Of a mean above some thousand deviations the difference is noise, and the exponent may be off:
+    # the products are right with any.
     exponent = tl.floor(0.25 * tl.log2((of_k - mean * mean) / of_q) + 0.5)
     exponent = tl.where(tl.abs(exponent) < float("inf"), exponent, 0.0)
     exponent = tl.minimum(tl.maximum(exponent, -LARGEST * 1.0), LARGEST * 1.0)
@@ -153,7 +156,7 @@ def mean_and_balance(q: Tensor, k: Tensor, real: Tensor | None) -> tuple[Tensor,
     with torch.cuda.device_of(q):
         join_moments[(B * H,)](
             of_q, of_k, count, mean, balance, H, of_q.shape[2], of_k.shape[2],
-            _sampled(q.shape[2]), _sampled(N), LARGEST=LARGEST_BALANCE, D=D,
+            float(samples(q.shape[2])), float(samples(N)), LARGEST=LARGEST_BALANCE, D=D,
             BD=triton.next_power_of_2(D),
         )  # fmt: skip
     return mean, balance
@@ -168,7 +171,7 @@ def value_scales(v: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(v):
         largest_magnitudes[(parts, B * H)](
             v, real, out, *v.stride()[:3], batch_stride(real), H, N,
-            TILES=LARGEST_TILES, **shape(D, LARGEST_ROWS),
+            TILES=LARGEST_TILES, **launch_shape(D, LARGEST_ROWS),
         )  # fmt: skip
         join_largest[(B * H,)](
             out, scale, inverse, parts, SMALLEST_SCALE,
@@ -186,17 +189,13 @@ def _moments(x: Tensor, real: Tensor | None, queries: bool) -> Tensor:
         sampled_moments[(parts, B * H)](
             x, real, out, *x.stride()[:3], batch_stride(real), H, N, HUGE,
             QUERIES=queries, SAMPLED=SAMPLED, EVERY=EVERY, TILES=MOMENT_TILES,
-            **shape(D, MOMENT_ROWS),
+            **launch_shape(D, MOMENT_ROWS),
         )  # fmt: skip
     return out
 
 
-def _sampled(tokens: int) -> float:
-    """How many of so many tokens are in the samples."""
-    return float(tokens // EVERY * SAMPLED + min(tokens % EVERY, SAMPLED))
-
-
-def shape(D: int, rows: int, warps: int = WARPS) -> dict[str, int]:
+def launch_shape(D: int, rows: int, warps: int = WARPS) -> dict[str, int]:
+    """The constants and the option by which a kernel takes tiles of `rows` tokens."""
     return {"D": D, "BD": triton.next_power_of_2(D), "ROWS": rows, "num_warps": warps}
 
 

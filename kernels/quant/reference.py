@@ -20,13 +20,21 @@ def supports(x: Tensor, kind: torch.dtype) -> str | None:
 
 
 def sampled(tokens: int, device: torch.device) -> Tensor:
-    """Which tokens stand for all in the means, bool `[tokens]`."""
-    return torch.arange(tokens, device=device) % EVERY < SAMPLED
+    """Which tokens stand for all in the means, bool `[tokens]`: SAMPLED of each EVERY, in each the
+    next ones, for rows of an image may be as long as EVERY, and their edge is not like all."""
+    token = torch.arange(tokens, device=device)
+    return token % EVERY // SAMPLED == token // EVERY % (EVERY // SAMPLED)
+
+
+def samples(tokens: int) -> int:
+    """How many of so many tokens are sampled."""
+    whole, rest = divmod(tokens, EVERY)
+    return whole * SAMPLED + min(max(rest - whole % (EVERY // SAMPLED) * SAMPLED, 0), SAMPLED)
 
 
 def mean_and_balance(q: Tensor, k: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
     """The mean key, 0 without any, and powers of two that make channels of q and k about equally
-    strong, of the sampled tokens, both fp32 `[B, H, D]`: see `smooth_quantize`."""
+    strong, both fp32 `[B, H, D]` and of the sampled tokens alone: see `smooth_quantize`."""
     queries, keys = (sampled(x.shape[2], x.device) for x in (q, k))
     q, k = _no_huge(q[:, :, queries].float()), k[:, :, keys].float()
     real = keys.new_ones(1, k.shape[2]) if real is None else real[:, keys]

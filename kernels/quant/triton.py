@@ -1,4 +1,4 @@
-"""Quantisation on a GPU in passes: moments of q and k (`moments.py`), queries, keys, values.
+"""Quantisation on a GPU in passes: means, balance and scales (`moments.py`), queries, keys, values.
 
 A program takes one block of one head; letters: `B H N D` as in the public functions, BD is D
 rounded up to a power of two, ROWS the tokens of a block.
@@ -15,9 +15,9 @@ from vdit_sparse.kernels.block_sparse.tiles import architecture
 from vdit_sparse.kernels.quant import Quantized, channels_of, rotation
 from vdit_sparse.kernels.quant.moments import (
     batch_stride,
+    launch_shape,
     load_real,
     mean_and_balance,
-    shape,
     value_scales,
 )
 from vdit_sparse.kernels.quant.reference import (
@@ -203,7 +203,7 @@ def quantize_channels(
     with torch.cuda.device_of(v):
         quantize_columns[(slots // rows, B * H)](
             v, real, inverse, values, *v.stride()[:3], batch_stride(real), H, N,
-            LARGEST=E4M3_LARGEST, PERMUTED=permuted, **shape(D, rows, VALUE_WARPS),
+            LARGEST=E4M3_LARGEST, PERMUTED=permuted, **launch_shape(D, rows, VALUE_WARPS),
         )  # fmt: skip
     return Quantized(values, scale)
 
@@ -224,7 +224,7 @@ def _rows(
         quantize_rows[(blocks, B * H)](
             x, real, mean.contiguous(), balance.contiguous(), _rotation(x), values, scale, shift,
             *x.stride()[:3], batch_stride(real), H, N, SMALLEST_SCALE, HUGE,
-            LARGEST=INT8_LARGEST, CHANNELS=channels_of(D), **shape(D, block),
+            LARGEST=INT8_LARGEST, CHANNELS=channels_of(D), **launch_shape(D, block),
             **limit_of(architecture(x.device), D),
         )  # fmt: skip
     return Quantized(values, scale)

@@ -79,7 +79,7 @@ def builds(quick: bool) -> list[Build]:
     found += [Build(D, blocks, changes=MARK) for D in (64, 128) for blocks in every]
     found += [Build(precision=precision, changes=NO_MARK) for precision in ("bf16", "int8_fp8")]
     found += [Build(D, changes=PLAIN, ends=ends) for D in (64, 128) for ends in ENDS[:2]]
-    found += [Build(changes=TURNS), Build(blocks=(128, 64), changes=MANY)]
+    found += [Build(changes=TURNS), Build(64, changes=TURNS), Build(blocks=(128, 64), changes=MANY)]
     found += [
         Build(precision=precision, changes=MANY, ends=ends)
         for precision in ("int8_bf16", "int8_fp8")

@@ -23,7 +23,14 @@ from vdit_sparse.kernels.block_sparse import tiles
 from vdit_sparse.kernels.block_sparse.int8.triton import int8_forward
 from vdit_sparse.kernels.block_sparse.int8.triton import tile_of as int8_tile
 from vdit_sparse.kernels.block_sparse.triton import block_sparse_forward
-from vdit_sparse.kernels.quant import EVERY, SAMPLED, channels_of, moments
+from vdit_sparse.kernels.quant import (
+    EVERY,
+    LARGEST_BALANCE,
+    SAMPLED,
+    channels_of,
+    moments,
+    reference,
+)
 from vdit_sparse.kernels.quant import triton as quant
 from vdit_sparse.kernels.triton_ops import width_of
 
@@ -34,18 +41,35 @@ KERNELS = {
     "mass": block_mass_forward,
     "largest": moments.largest_magnitudes,
     "scales": moments.join_largest,
-    "moments": moments.sampled_moments,
+    "query moments": moments.sampled_moments,
+    "key moments": moments.sampled_moments,
     "join": moments.join_moments,
     "mean": quant.rotate_mean,
     "queries": quant.quantize_rows,
     "keys": quant.quantize_rows,
     "values": quant.quantize_columns,
 }
-QUANT = ("largest", "scales", "moments", "join", "mean", "queries", "keys", "values")
+QUANT = (
+    "largest",
+    "scales",
+    "query moments",
+    "key moments",
+    "join",
+    "mean",
+    "queries",
+    "keys",
+    "values",
+)
 ROWS = {
     "values": quant.VALUE_ROWS,
-    "moments": moments.MOMENT_ROWS,
+    "query moments": moments.MOMENT_ROWS,
+    "key moments": moments.MOMENT_ROWS,
     "largest": moments.LARGEST_ROWS,
+}
+LARGEST = {
+    "values": reference.E4M3_LARGEST,
+    "scales": reference.E4M3_LARGEST,
+    "join": LARGEST_BALANCE,
 }
 NO_FP8 = ("sm_80", "gfx942")
 INT32 = ("idx_ptr", "cnt_ptr", "valid_ptr", "kv_len_ptr", "skips_ptr")
@@ -194,11 +218,11 @@ def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
         "BN": tile.keys,
         "GROUP": min(tile.rows, variant.block),
         "ROWS": tile.rows,
-        "LARGEST": 448 if variant.kernel == "values" else 127,
+        "LARGEST": LARGEST.get(variant.kernel, reference.INT8_LARGEST),
         "RAGGED": variant.ends not in ("whole", "skip"),
         "PERMUTED": True,
         "CHANNELS": channels_of(variant.D),
-        "QUERIES": True,
+        "QUERIES": variant.kernel == "query moments",
         "SAMPLED": SAMPLED,
         "EVERY": EVERY,
         "TILES": moments.LARGEST_TILES if variant.kernel == "largest" else moments.MOMENT_TILES,
@@ -212,6 +236,8 @@ def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
         constants |= {"valid_ptr": None, "real_ptr": None, "count_ptr": None}
     if variant.kernel == "int8_bf16":
         constants["v_scale_ptr"] = None
+    if variant.kernel in ("query moments", "queries"):
+        constants["real_ptr"] = None
     if variant.kernel == "keys":
         constants["shift_ptr"] = None
     if not tile.descriptors:

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 # They only read, round and write.
-QUANT = ("largest", "scales", "moments", "join", "mean", "queries", "keys", "values")
+QUANT = (
+    "largest",
+    "scales",
+    "query moments",
+    "key moments",
+    "join",
+    "mean",
+    "queries",
+    "keys",
+    "values",
+)
 ROOT = Path(__file__).parents[2]
 MATRIX_INSTRUCTIONS = {
     "sm_80": "mma.sync",

@@ -32,7 +32,7 @@ def test_what_goes_wrong_stays_with_its_job():
     assert found["hangs"] == (None, "hung: no result in 6 s")
 
 
-def test_every_form_has_a_line():
+def test_every_form_has_a_line(monkeypatch):
     every = forms(GROUPS)
     assert len(set(every)) == len(every) and {form.group for form in every} == set(GROUPS)
     for form in every:
@@ -43,8 +43,11 @@ def test_every_form_has_a_line():
             facts(form) | place | rates({"heads": 24, "tokens": 32768, "dim": 128}, 0.25, {"ms": 5})
         )
         assert "TFLOP/s" in line(row) and form.name in line(facts(form) | {"note": "hung"})
-    dense = [form for form in with_dense(every) if form.group == "dense"]
-    assert dense == [Form("dense", "cuDNN", dim) for dim in (128, 64)]
+    for there in (None, "spec"):
+        monkeypatch.setattr(bench_hopper, "find_spec", lambda name, found=there: found)
+        dense = [form for form in with_dense(every) if form.group == "dense"]
+        names = ["cuDNN", "FA3"][: 1 if there is None else 2]
+        assert dense == [Form("dense", name, dim) for dim in (128, 64) for name in names]
 
 
 def test_forms_are_timed_in_rounds(monkeypatch, capsys):
@@ -65,6 +68,7 @@ def test_forms_are_timed_in_rounds(monkeypatch, capsys):
             yield job, [facts(form) | place | {"tflops": 1.0}], None
 
     monkeypatch.setattr(bench_hopper, "each", run)
+    monkeypatch.setattr(bench_hopper, "find_spec", lambda name: None)
     table, failed = bench_hopper.time_all([slow, fails], {})
     dense = Form("dense", "cuDNN", 128)
     orders = [[form for count, form in seen if count == number] for number in range(5)]

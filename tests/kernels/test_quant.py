@@ -121,6 +121,26 @@ def test_triton_rounds_as_the_reference(shape, block, device):
         assert torch.equal(ours.scale, expected.scale)
 
 
+def test_sampled_tokens():
+    found = reference.sampled(150, torch.device("cpu")).nonzero().flatten().tolist()
+    assert found == [*range(8), *range(72, 80), *range(144, 150)]
+    for tokens in range(1, 1200):
+        count = reference.samples(tokens)
+        assert count == reference.sampled(tokens, torch.device("cpu")).sum()
+        assert count > 0 and abs(count - tokens / 8) <= 8
+
+
+@each_backend
+@pytest.mark.parametrize("width", [32, 45, 64, 80, 128])
+def test_mean_of_rows_as_long_as_the_samples_are_apart(width, backend, device):
+    """Whatever the length of an image's rows: keys that depend on their column have nearly the mean
+    of all taken off."""
+    column = torch.arange(24 * width, device=device) % width
+    k = (column / width * 10 - 5).sin()[None, None, :, None].repeat(1, 1, 1, 16)
+    got = smooth_quantize(k, k, 64, 64, backend=backend).mean
+    assert (got - k.mean(2)).abs().max() < 0.25 * k.std()
+
+
 @each_backend
 @pytest.mark.parametrize("real", [None, "shared", "per batch row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -131,13 +151,13 @@ def test_balance_makes_channels_equally_strong(dtype, real, backend, device):
     q = (q * (-powers).exp2()).to(dtype)
     k = (k * powers.exp2()).to(dtype)
     k[..., 0] += 1
-    if real is not None:
-        real = torch.rand(2 if real != "shared" else 1, 300, device=device) < 0.7
-        k = k.masked_fill(~real.expand(2, 300)[:, None, :, None], torch.nan)
     q[0, 1, 5, 3] = torch.inf
     q[..., 14], k[..., 15] = 0, 1
     unsampled = ~reference.sampled(300, k.device)
-    q[:, :, unsampled], k[:, :, unsampled] = 7, torch.ones((), dtype=dtype)
+    q[:, :, unsampled], k[:, :, unsampled] = 7, 1
+    if real is not None:
+        real = torch.rand(2 if real != "shared" else 1, 300, device=device) < 0.7
+        k = k.masked_fill(~real.expand(2, 300)[:, None, :, None], torch.nan)
     got = smooth_quantize(q, k, 64, 64, real=real, backend=backend).balance
     expected = torch.tensor([0, 1, -2, 3, -3, 3, -3, 0, 1], device=device).exp2()
     assert torch.equal(got[..., :9], expected.expand(2, 2, 9))

@@ -81,7 +81,7 @@ def emulated(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, precision: str) -
     turn = torch.block_diag(*[rotation(64)] * (D // 64)).to(q.device)
     weights_in, v = q.dtype, v.double()
     q, k = q.double(), k.double()
-    some = torch.arange(S) % 64 < 8
+    some = torch.arange(S) % 64 // 8 == torch.arange(S) // 64 % 8
     k = k - k[:, :, some].mean(2, keepdim=True)
     strength = [x[:, :, some].square().mean(2, keepdim=True) for x in (q, k)]
     balance = 2 ** ((strength[1] / strength[0]).log2() / 4).round().clamp(-3, 3)
