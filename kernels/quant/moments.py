@@ -20,18 +20,11 @@ WARPS = 8
 
 @triton.jit
 def load_real(
-    first, x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N,
-    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """fp32 tile of ROWS tokens, zero where no real token is, and which rows are real."""
+    rows, x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D: tl.constexpr, BD: tl.constexpr
+):
+    """fp32 tile of these tokens, zero where no real token is, and which of them are real."""
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    rows, columns = first + tl.arange(0, ROWS), tl.arange(0, BD)
-    return load_rows(rows, b, h, x_ptr, real_ptr, x_b, x_h, x_s, real_b, N, columns, D)
-
-
-@triton.jit
-def load_rows(rows, b, h, x_ptr, real_ptr, x_b, x_h, x_s, real_b, N, columns, D: tl.constexpr):
-    """The same of any tokens."""
+    columns = tl.arange(0, BD)
     real = rows < N
     if real_ptr is not None:
         real = real & (tl.load(real_ptr + b * real_b + rows, mask=real, other=0) != 0)
@@ -49,8 +42,8 @@ def largest_magnitudes(
     largest = tl.zeros([ROWS, BD], tl.float32)
     # Unrolled: all tiles are on their way at once.
     for i in tl.static_range(TILES):
-        first = (tl.program_id(0) * TILES + i) * ROWS
-        x, _ = load_real(first, x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD, ROWS)
+        rows = (tl.program_id(0) * TILES + i) * ROWS + tl.arange(0, ROWS)
+        x, _ = load_real(rows, x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD)
         largest = tl.maximum(largest, tl.abs(x))
     part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     columns = tl.arange(0, BD)
@@ -86,7 +79,6 @@ def sampled_moments(
 ):  # fmt: skip
     """Sums of ROWS * TILES sampled tokens (`reference.sampled`) and of their squares, fp32
     `[B * H, parts, 2, D]`."""
-    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     columns = tl.arange(0, BD)
     total = tl.zeros([ROWS, BD], tl.float32)
     squares = tl.zeros([ROWS, BD], tl.float32)
@@ -94,7 +86,7 @@ def sampled_moments(
         i = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
         group = i // SAMPLED
         rows = group * EVERY + group % (EVERY // SAMPLED) * SAMPLED + i % SAMPLED
-        x, _ = load_rows(rows, b, h, x_ptr, real_ptr, x_b, x_h, x_s, real_b, N, columns, D)
+        x, _ = load_real(rows, x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD)
         if QUERIES:
             x = tl.where(tl.abs(x) < huge, x, 0.0)
         total += x

@@ -110,9 +110,8 @@ def quantize_rows(
     if CHANNELS > 1:
         # First, so that its way to shared memory runs beside the loads: a tenth of the time.
         matrix = _matrix(matrix_ptr, CHANNELS)
-    first = tl.program_id(0) * ROWS
-    x, real = load_real(first, x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD, ROWS)
-    rows = first + tl.arange(0, ROWS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x, real = load_real(rows, x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD)
     if shift_ptr is not None:
         tl.store(shift_ptr + head * N + rows, tl.sum(x * mean[None, :], 1), mask=rows < N)
         x = tl.where(tl.abs(x) < huge, x, 0.0)
@@ -145,8 +144,8 @@ def quantize_columns(
 ):  # fmt: skip
     """fp8 e4m3 of ROWS tokens times the reciprocals of the scales, stored with channels as rows;
     PERMUTED: see `quantize_values`."""
-    first = tl.program_id(0) * ROWS
-    x, _ = load_real(first, x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD, ROWS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x, _ = load_real(rows, x_ptr, real_ptr, x_b, x_h, x_s, real_b, H, N, D, BD)
     columns = tl.arange(0, BD)
     head = tl.program_id(1).to(tl.int64)
     levels = x * tl.load(inverse_ptr + head * D + columns, mask=columns < D, other=1.0)[None, :]
@@ -156,9 +155,8 @@ def quantize_columns(
         # Moved here and not by the pointers, so that a thread stores neighbours together.
         values = tl.reshape(values, [BD, ROWS // 16, 2, 4, 2])
         values = tl.reshape(tl.permute(values, [0, 1, 3, 2, 4]), [BD, ROWS])
-    slots = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     channels = (head * D + columns) * (tl.num_programs(0) * ROWS)
-    pointers = values_ptr + channels[:, None] + slots[None, :]
+    pointers = values_ptr + channels[:, None] + rows.to(tl.int64)[None, :]
     tl.store(pointers, values, mask=(columns < D)[:, None])
 
 
@@ -183,7 +181,8 @@ def quantize_keys(
 ) -> Quantized:
     """INT8 keys less their mean, divided by balance, see `smooth_quantize`."""
     B, H, _, D = k.shape
-    mean, rotated = mean.contiguous(), torch.empty_like(mean, memory_format=torch.contiguous_format)
+    mean = mean.contiguous()
+    rotated = torch.empty_like(mean)
     with torch.cuda.device_of(k):
         rotate_mean[(B * H,)](
             mean, balance.contiguous(), _rotation(k), rotated,

@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for GPUs that are not there, and says what came out.
 
 Run by test_compile.py in a process without TRITON_INTERPRET; by hand it prints a table:
-    python tests/kernels/compile_kernels.py [--arch sm_90] [--quick] [--json]
+    python -m tests.kernels.compile_kernels [--arch sm_90] [--quick] [--json]
 """
 
 import argparse
@@ -17,21 +17,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.kernels.compile_quant import LAUNCHES
 from vdit_sparse.kernels.block_mass.triton import block_mass_forward
 from vdit_sparse.kernels.block_mass.triton import choose_tile as mass_tile
 from vdit_sparse.kernels.block_sparse import tiles
 from vdit_sparse.kernels.block_sparse.int8.triton import int8_forward
 from vdit_sparse.kernels.block_sparse.int8.triton import tile_of as int8_tile
 from vdit_sparse.kernels.block_sparse.triton import block_sparse_forward
-from vdit_sparse.kernels.quant import (
-    EVERY,
-    LARGEST_BALANCE,
-    SAMPLED,
-    channels_of,
-    moments,
-    reference,
-)
-from vdit_sparse.kernels.quant import triton as quant
+from vdit_sparse.kernels.quant import channels_of
+from vdit_sparse.kernels.quant.triton import limit_of
 from vdit_sparse.kernels.triton_ops import width_of
 
 KERNELS = {
@@ -39,37 +33,7 @@ KERNELS = {
     "int8_bf16": int8_forward,
     "int8_fp8": int8_forward,
     "mass": block_mass_forward,
-    "largest": moments.largest_magnitudes,
-    "scales": moments.join_largest,
-    "query moments": moments.sampled_moments,
-    "key moments": moments.sampled_moments,
-    "join": moments.join_moments,
-    "mean": quant.rotate_mean,
-    "queries": quant.quantize_rows,
-    "keys": quant.quantize_rows,
-    "values": quant.quantize_columns,
-}
-QUANT = (
-    "largest",
-    "scales",
-    "query moments",
-    "key moments",
-    "join",
-    "mean",
-    "queries",
-    "keys",
-    "values",
-)
-ROWS = {
-    "values": quant.VALUE_ROWS,
-    "query moments": moments.MOMENT_ROWS,
-    "key moments": moments.MOMENT_ROWS,
-    "largest": moments.LARGEST_ROWS,
-}
-LARGEST = {
-    "values": reference.E4M3_LARGEST,
-    "scales": reference.E4M3_LARGEST,
-    "join": LARGEST_BALANCE,
+    **{name: launch.kernel for name, launch in LAUNCHES.items()},
 }
 NO_FP8 = ("sm_80", "gfx942")
 INT32 = ("idx_ptr", "cnt_ptr", "valid_ptr", "kv_len_ptr", "skips_ptr")
@@ -158,7 +122,7 @@ def int8_variants(arch: str) -> list[Variant]:
         found += [Variant(arch, 256, ends="ragged", kernel=name)]
         if tiles.TILES[(arch, 128, 128)].descriptors:
             found += [Variant(arch, ends="ragged", descriptors=False, kernel=name)]
-    names = [name for name in QUANT if name != "values" or arch not in NO_FP8]
+    names = [name for name in LAUNCHES if name != "values" or arch not in NO_FP8]
     return found + [
         Variant(arch, D, ends="valid", kernel=name) for name in names for D in (128, 256)
     ]
@@ -170,13 +134,11 @@ def tile_for(variant: Variant) -> tiles.Tile:
     width = width_of(D)
     itemsize = 4 if variant.dtype == "fp32" else 2
     fits = D in (64, 128) and variant.descriptors
-    if name in QUANT:
-        rows = ROWS.get(name, block)
-        limit = quant.limit_of(arch, D) if name in ("queries", "keys") else {}
-        warps = {"scales": 4, "join": 4, "mean": 4, "values": quant.VALUE_WARPS}.get(
-            name, moments.WARPS
-        )
-        return tiles.Tile(rows, block, warps, 3, registers=limit.get("maxnreg"))
+    if name in LAUNCHES:
+        launch = LAUNCHES[name]
+        limit = limit_of(arch, D) if name in ("queries", "keys") else {}
+        rows, registers = launch.rows or block, limit.get("maxnreg")
+        return tiles.Tile(rows, block, launch.warps, 3, registers=registers)
     if name == "int8_fp8":
         fits = fits and int(arch.removeprefix("sm_")) >= 90
         return int8_tile(arch, D, itemsize, (block,) * 2, fits, name)
@@ -218,14 +180,8 @@ def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
         "BN": tile.keys,
         "GROUP": min(tile.rows, variant.block),
         "ROWS": tile.rows,
-        "LARGEST": LARGEST.get(variant.kernel, reference.INT8_LARGEST),
         "RAGGED": variant.ends not in ("whole", "skip"),
-        "PERMUTED": True,
         "CHANNELS": channels_of(variant.D),
-        "QUERIES": variant.kernel == "query moments",
-        "SAMPLED": SAMPLED,
-        "EVERY": EVERY,
-        "TILES": moments.LARGEST_TILES if variant.kernel == "largest" else moments.MOMENT_TILES,
         "PRECISION": "ieee" if variant.dtype == "fp32" else "tf32",
     }
     if variant.ends != "kv_len":
@@ -236,10 +192,9 @@ def _source(variant: Variant, tile: tiles.Tile, width: int) -> ASTSource:
         constants |= {"valid_ptr": None, "real_ptr": None, "count_ptr": None}
     if variant.kernel == "int8_bf16":
         constants["v_scale_ptr"] = None
-    if variant.kernel in ("query moments", "queries"):
-        constants["real_ptr"] = None
-    if variant.kernel == "keys":
-        constants["shift_ptr"] = None
+    if variant.kernel in LAUNCHES:
+        launch = LAUNCHES[variant.kernel]
+        constants |= launch.constants | dict.fromkeys(launch.absent)
     if not tile.descriptors:
         constants |= dict.fromkeys(("q_desc", "k_desc", "v_desc"))
     constants = {name: value for name, value in constants.items() if name in names}
@@ -273,7 +228,7 @@ def _type(name: str, variant: Variant, tile: tiles.Tile, width: int) -> str:
 def _number(name: str, variant: Variant) -> str:
     """The dtype of what a pointer or descriptor reads."""
     kernel = variant.kernel
-    if name in FP32 or (name == "out_ptr" and kernel in ("mass", *QUANT)) or kernel == "join":
+    if name in FP32 or (name == "out_ptr" and kernel in ("mass", *LAUNCHES)) or kernel == "join":
         return "fp32"
     if name[0] in "qk" and name[1] == "_" and "int8" in kernel:
         return "i8"

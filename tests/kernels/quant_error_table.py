@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.test_block_sparse_int8 import attend, error_of, in_float64
-from tests.kernels.test_quant_errors import BARS, CHANNEL, TIMES, from_the_model
-from vdit_sparse.kernels.block_mask import BlockMask
+from tests.kernels.test_quant_errors import BARS, from_the_model, prepared
 
 
 def random(D: int) -> Tensor:
@@ -21,15 +20,9 @@ def random(D: int) -> Tensor:
 
 def error(q_k_v: tuple[Tensor, ...], block: int, precision: str, outlier: str) -> float:
     """Relative L2 error of the reference."""
-    tensors = [x.to(torch.bfloat16, copy=True) for x in q_k_v]
-    for name, x in zip("qkv", tensors, strict=True):
-        if name in outlier:
-            x[..., CHANNEL] *= TIMES
-    heads, count = tensors[0].shape[1], -(-tensors[0].shape[2] // block)
-    drawn = torch.rand(heads, count, count, generator=torch.Generator().manual_seed(0))
-    mask = BlockMask.from_keep((drawn < 0.6) | torch.eye(count, dtype=torch.bool), block)
-    out, _ = attend("reference", *tensors, mask, precision)
-    return float(error_of(out, in_float64(*tensors, mask)[0]))
+    given = prepared(q_k_v, outlier, block, "cpu", torch.bfloat16)
+    out, _ = attend("reference", *given, precision)
+    return float(error_of(out, in_float64(*given)[0]))
 
 
 if __name__ == "__main__":

@@ -46,18 +46,22 @@ def of_the_model() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def inputs(source: str, outlier: str, device, request):
-    """q, k, v of the model or random ones of that D, one channel of those named in `outlier` ten
-    times as large, and a mask with a ragged last block; fp16 in Triton's interpreter."""
+    """`prepared` q, k, v of the model or random ones of that D; fp16 in Triton's interpreter."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     if source == "the model":
         tensors = request.getfixturevalue("of_the_model")
     else:
         tensors = torch.randn(3, 1, 4, 200, int(source.split()[-1]))
+    return prepared(tensors, outlier, 64 if source == "random 64" else 128, device, dtype)
+
+
+def prepared(tensors, outlier: str, blocks: int, device, dtype: torch.dtype):
+    """q, k and v, one channel of those named in `outlier` ten times as large, and a mask with a
+    ragged last block."""
     tensors = [x.to(device, dtype, copy=True) for x in tensors]
     for name, x in zip("qkv", tensors, strict=True):
         if name in outlier:
             x[..., CHANNEL] *= TIMES
-    blocks = 64 if source == "random 64" else 128
     heads, count = tensors[0].shape[1], -(-tensors[0].shape[2] // blocks)
     # torch's own numbers may have been drawn from, by the model's loading.
     drawn = torch.rand(heads, count, count, generator=torch.Generator().manual_seed(0))
